@@ -1,6 +1,7 @@
 """Rules on what a checkout promises: the lock, the declared dependencies, the make targets and the documents."""
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -96,6 +97,14 @@ def test_the_lock_has_every_dependency_in_its_range() -> None:
         or not all(need.specifier.contains(version_of(pin)) for pin, _ in pins)
     ]
     assert not wrong, f"run make lock; it lacks {wrong}"
+
+
+def test_the_node_lock_has_hashes_and_names_no_index() -> None:
+    lock = json.loads((ROOT / "tests" / "clients" / "node" / "package-lock.json").read_text(encoding="utf-8"))
+    packages = {name: package for name, package in lock["packages"].items() if name}
+    assert set(packages) >= {"node_modules/openai", "node_modules/together-ai"}
+    assert all(package["integrity"].startswith("sha512-") for package in packages.values())
+    assert "resolved" not in {key for package in packages.values() for key in package}
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])

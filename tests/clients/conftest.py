@@ -1,0 +1,60 @@
+"""One served model for all client tests: the real command, in its own process, on a free port."""
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+
+from tests.clients.served import Served, poll
+
+START_SECONDS = 90.0
+STOP_SECONDS = 30.0
+MODEL = "LiquidAI/LFM2-24B-A2B"
+API_KEY = "test-key"
+
+
+def unused_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def is_ready(process: subprocess.Popen[bytes], served: Served) -> bool:
+    if process.poll() is not None:
+        pytest.fail(f"lfm serve exited {process.returncode} while starting:\n{served.log.read_text()}")
+    try:
+        return served.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    port = unused_port()
+    log = tmp_path_factory.mktemp("served") / "serve.log"
+    served = Served(url=f"http://127.0.0.1:{port}", model=MODEL, api_key=API_KEY, log=log)
+    flags = ["--port", str(port), "--served-model-name", MODEL, "--api-key", API_KEY]
+    command = [sys.executable, "-c", "from lfm.cli import main; main()", "serve", "random:tiny", *flags]
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        try:
+            poll(lambda: is_ready(process, served), seconds=START_SECONDS, what=f"/readyz of the server ({log})")
+            yield served
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(STOP_SECONDS) == 0, f"lfm serve exited {process.returncode}:\n{log.read_text()}"
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def wait_until_idle(served: Served) -> Callable[[], None]:
+    """A function that waits until the server runs nothing; fails if it goes on for 10 s."""
+
+    def wait() -> None:
+        poll(lambda: served.metric("vllm:num_requests_running") == 0, seconds=10, what="the end of all requests")
+
+    return wait

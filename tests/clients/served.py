@@ -1,0 +1,49 @@
+"""A served model as the client tests see it: where it is, and what its metrics say."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """Where a client finds the server. `url` has no /v1 at its end."""
+
+    url: str
+    model: str
+    api_key: str
+    log: Path
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", headers={"Authorization": f"Bearer {self.api_key}"}, timeout=10)
+
+    def metric(self, name: str) -> float:
+        """The sum of a Prometheus metric over its labels. Raises KeyError if the server does not report it."""
+        lines = [line for line in self.get("/metrics").text.splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
+        if not lines:
+            raise KeyError(name)
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    def environment(self, *, together_suffix: str = "") -> dict[str, str]:
+        """The environment of a client program. Together's Python client adds /v1 to the URL itself, the Node one does not."""
+        return {
+            **os.environ,
+            "OPENAI_BASE_URL": f"{self.url}/v1",
+            "OPENAI_API_KEY": self.api_key,
+            "TOGETHER_BASE_URL": f"{self.url}{together_suffix}",
+            "TOGETHER_API_KEY": self.api_key,
+        }
+
+
+def poll(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
+    """Wait until `condition` holds. Fails the test, naming `what`, when it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what} did not happen within {seconds:g} s")
+        time.sleep(0.05)

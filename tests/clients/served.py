@@ -30,7 +30,7 @@ class Served:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
     def environment(self, *, together_suffix: str = "") -> dict[str, str]:
-        """The environment of a client program. Together's Python client adds /v1 to the URL itself, the Node one does not."""
+        """The environment of a client program. Of Together's clients only the Python one adds /v1 to the URL itself."""
         return {
             **os.environ,
             "OPENAI_BASE_URL": f"{self.url}/v1",

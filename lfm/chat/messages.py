@@ -1,0 +1,162 @@
+"""The messages of a conversation, and the checks that every front end needs before a prompt is built from them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lfm.errors import RequestError
+from lfm.protocol import MAX_MESSAGES
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContentPart:
+    """One part of a message's content. Only type "text" is readable; `check_messages` refuses the others by name."""
+
+    type: str = "text"
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call that the assistant made in an earlier turn; `arguments` holds JSON values."""
+
+    name: str
+    arguments: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn. `tool_call_id` and `name` are kept for front ends: LFM2's chat layout has no place for them."""
+
+    role: str
+    content: str | Sequence[ContentPart] | None = None
+    tool_calls: Sequence[ToolCall] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text: parts joined without a separator, as the chat template does; null is empty."""
+        if self.content is None:
+            return ""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise RequestError whose `param` names the first thing that no prompt can be built from."""
+    if not messages:
+        raise RequestError("messages is empty. Send at least one message.", param="messages")
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(f"messages has {len(messages)} entries. Allowed: 1 to {MAX_MESSAGES}.", param="messages")
+    for index, message in enumerate(messages):
+        _check_message(message, f"messages[{index}]")
+
+
+def _check_message(message: Message, where: str) -> None:
+    if message.role not in ROLES:
+        raise RequestError(
+            f"{where}.role={message.role!r} is not known. Allowed: {', '.join(ROLES)}.", param=f"{where}.role"
+        )
+    if message.content is None and message.role != "assistant":
+        raise RequestError(
+            f"{where}.content is missing or null. Send a text, if only an empty one.", param=f"{where}.content"
+        )
+    if message.tool_calls and message.role != "assistant":
+        raise RequestError(
+            f"{where}.tool_calls belongs to role assistant, not {message.role}.", param=f"{where}.tool_calls"
+        )
+    if message.content is None or isinstance(message.content, str):
+        return
+    for index, part in enumerate(message.content):
+        if part.type != "text":
+            raise RequestError(
+                f"{where}.content[{index}] is of type {part.type!r}, but this model reads text only. Allowed: text.",
+                param=f"{where}.content[{index}]",
+            )
+
+
+def parse_messages(value: object, *, param: str = "messages") -> list[Message]:
+    """Read the `messages` array of a chat request from decoded JSON.
+
+    Unknown keys are tolerated. Raises RequestError with the path of a value of the wrong type; what the values mean is
+    checked by `check_messages`.
+    """
+    return [_parse_message(item, f"{param}[{index}]") for index, item in enumerate(_typed(value, list, param))]
+
+
+def _parse_message(value: object, where: str) -> Message:
+    raw = _typed(value, dict, where)
+    return Message(
+        role=_typed(raw.get("role"), str, f"{where}.role"),
+        content=_parse_content(raw.get("content"), f"{where}.content"),
+        tool_calls=[
+            _parse_tool_call(call, f"{where}.tool_calls[{index}]")
+            for index, call in enumerate(_typed(raw.get("tool_calls") or [], list, f"{where}.tool_calls"))
+        ],
+        tool_call_id=_optional_text(raw.get("tool_call_id"), f"{where}.tool_call_id"),
+        name=_optional_text(raw.get("name"), f"{where}.name"),
+    )
+
+
+def _parse_content(value: object, where: str) -> str | list[ContentPart] | None:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise RequestError(
+            f"{where} is {_json_type(value)}. Allowed: a string, an array of parts or null.", param=where
+        )
+    parts = []
+    for index, item in enumerate(value):
+        raw = _typed(item, dict, f"{where}[{index}]")
+        kind = _typed(raw.get("type"), str, f"{where}[{index}].type")
+        text = _typed(raw.get("text"), str, f"{where}[{index}].text") if kind == "text" else ""
+        parts.append(ContentPart(type=kind, text=text))
+    return parts
+
+
+def _parse_tool_call(value: object, where: str) -> ToolCall:
+    function = _typed(_typed(value, dict, where).get("function"), dict, f"{where}.function")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _parse_arguments(arguments, f"{where}.function.arguments")
+    return ToolCall(
+        name=_typed(function.get("name"), str, f"{where}.function.name"),
+        arguments=_typed(arguments, dict, f"{where}.function.arguments"),
+    )
+
+
+def _parse_arguments(text: str, where: str) -> object:
+    try:
+        return json.loads(text) if text.strip() else {}  # clients send "" for a call without arguments
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where} is not JSON ({error}). Send a JSON object as a string.", param=where) from error
+
+
+def _optional_text(value: object, where: str) -> str | None:
+    return None if value is None else _typed(value, str, where)
+
+
+def _typed(value: object, kind: type[_T], where: str) -> _T:
+    if not isinstance(value, kind):
+        raise RequestError(f"{where} is {_json_type(value)}. Allowed: {_JSON_NAMES[kind]}.", param=where)
+    return value
+
+
+_JSON_NAMES: Mapping[type, str] = {
+    str: "a string",
+    list: "an array",
+    dict: "an object",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null or missing",
+}
+
+
+def _json_type(value: object) -> str:
+    return _JSON_NAMES.get(type(value), type(value).__name__)

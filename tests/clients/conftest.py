@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
-import httpx
+import httpx2
 import pytest
 
 from tests.clients.served import Served, poll
@@ -29,7 +29,7 @@ def is_ready(process: subprocess.Popen[bytes], served: Served) -> bool:
         pytest.fail(f"lfm serve exited {process.returncode} while starting:\n{served.log.read_text()}")
     try:
         return served.get("/readyz").status_code == 200
-    except httpx.TransportError:
+    except httpx2.TransportError:
         return False
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 
@@ -19,8 +19,8 @@ class Served:
     api_key: str
     log: Path
 
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", headers={"Authorization": f"Bearer {self.api_key}"}, timeout=10)
+    def get(self, path: str) -> httpx2.Response:
+        return httpx2.get(f"{self.url}{path}", headers={"Authorization": f"Bearer {self.api_key}"}, timeout=10)
 
     def metric(self, name: str) -> float:
         """The sum of a Prometheus metric over its labels. Raises KeyError if the server does not report it."""

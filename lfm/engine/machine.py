@@ -1,0 +1,86 @@
+"""What this machine has: its GPUs, its memory, its cores. The only place that asks.
+
+Asking torch about GPUs creates a CUDA context, so only processes that will use the device (and `lfm info`) call it.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One CUDA device as torch sees it."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The devices that an engine can choose from. `cuda_note` says why there is no usable GPU, when there is none."""
+
+    cuda_devices: tuple[Gpu, ...]
+    cpu_total_bytes: int
+    cpu_available_bytes: int
+    cpu_count: int
+    cuda_note: str = "torch sees no CUDA device"
+
+
+def probe_machine() -> Machine:
+    """Look at this machine. Imports torch, and creates a CUDA context where there is a GPU."""
+    gpus, note = _probe_cuda()
+    total, available = _probe_memory()
+    return Machine(
+        cuda_devices=gpus,
+        cpu_total_bytes=total,
+        cpu_available_bytes=available,
+        cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cuda_note=note,
+    )
+
+
+def _probe_cuda() -> tuple[tuple[Gpu, ...], str]:
+    import torch
+
+    if torch.version.cuda is None:
+        return (), f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return (), f"torch {torch.__version__} sees no CUDA device"
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        capability = (properties.major, properties.minor)
+        gpus.append(Gpu(name=properties.name, total_bytes=total, free_bytes=free, capability=capability))
+    return tuple(gpus), ""
+
+
+def _probe_memory() -> tuple[int, int]:
+    """Total and available bytes of host memory, under the container's limit where there is one."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
+        kilobytes = {fields[0].rstrip(":"): int(fields[1]) for fields in lines if len(fields) >= 2}
+        total, available = kilobytes["MemTotal"] * 1024, kilobytes["MemAvailable"] * 1024
+    else:  # not Linux: what is free now is unknown, so count half of the memory
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        available = total // 2
+    limit, used = _read_group_memory()
+    if limit is not None:
+        total, available = min(total, limit), min(available, max(0, limit - used))
+    return total, available
+
+
+def _read_group_memory() -> tuple[int | None, int]:
+    """The container's memory limit (None: no limit) and what it uses, without file pages that the kernel can drop."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):  # no control group of version 2 here: the machine's own numbers hold
+        return None, 0
+    return (int(limit) if limit.isdigit() else None), used - int(stat.get("inactive_file", 0))

@@ -1,0 +1,307 @@
+"""Decide every engine setting for one machine and one model, and say why.
+
+The result is an EnginePlan whose `reasons` are printed by `lfm serve` and `lfm info`. Whatever the user named is kept
+or refused, never changed; what the user left open is chosen so that it fits. Nothing is allocated here, and torch is
+imported only to look at the devices. On CUDA the number of blocks stays open: it is measured once the weights are
+loaded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from lfm.config import PRODUCT_CONTEXT, EngineConfig, EnginePlan, ModelConfig
+from lfm.engine.machine import Machine, probe_machine
+from lfm.errors import LfmError, MachineError, UsageError
+from lfm.model.sizes import (
+    DtypeName,
+    block_bytes,
+    format_bytes,
+    num_blocks_for,
+    num_parameters,
+    weight_bytes,
+    workspace_bytes,
+)
+
+MIN_CAPABILITY = (8, 0)  # bfloat16 tensor cores
+GPU_STEP_TOKENS, GPU_STEP_TOKENS_DECODING, CPU_STEP_TOKENS = 8192, 2048, 512
+GPU_MAX_RUNNING, CPU_MAX_RUNNING = 1024, 64
+GPU_BLOCK_SIZE, CPU_BLOCK_SIZE, CPU_BLOCK_SIZE_SMALL = 128, 32, 16
+SMALL_MODEL_PARAMETERS = 1_000_000_000
+MIN_CONTEXT = 512  # the shortest context worth serving when the user named none
+MIN_TOKENS_PER_RUNNING = 512  # more sequences than the pool has room for at this length would only preempt each other
+CPU_POOL_TOKENS_PER_RUNNING = 2048  # a larger pool would take memory from the user's other programs for nothing
+
+
+def plan_engine(config: EngineConfig, model: ModelConfig, *, machine: Machine | None = None) -> EnginePlan:
+    """Decide every setting. `machine` None: look at this one.
+
+    Raises MachineError when the machine lacks the device or the memory (needed, had, and a command that would fit), and
+    UsageError for a named value that the model cannot serve.
+    """
+    machine = probe_machine() if machine is None else machine
+    try:
+        return _Planner(config, model, machine=machine).plan()
+    except _DoesNotFitError as error:
+        fix = _find_fix(config, model, machine=machine)
+        way_out = f"Run: {fix}" if fix else f"Use a machine that can give {format_bytes(error.needed_bytes)}."
+        raise MachineError(f"{config.model} needs {error.needed}; {error.had}. {way_out}") from None
+
+
+class _DoesNotFitError(Exception):
+    """What was needed and what there was, for the one message that `plan_engine` makes of it."""
+
+    def __init__(self, needed: str, *, needed_bytes: int, had: str) -> None:
+        super().__init__(needed)
+        self.needed = needed
+        self.needed_bytes = needed_bytes
+        self.had = had
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """The chosen device, and how many bytes of it the engine may take (`had` says that in words)."""
+
+    device: str
+    budget_bytes: int
+    had: str
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device != "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pool:
+    """What is left for the cache beside `fixed_bytes` of weights and working memory, in blocks."""
+
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+    fixed_bytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+
+class _Planner:
+    """One attempt at a plan. Each choice appends its reason."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, *, machine: Machine) -> None:
+        self._config = config
+        self._model = model
+        self._machine = machine
+        self._reasons: list[str] = []
+
+    def plan(self) -> EnginePlan:
+        """Raises _DoesNotFitError, MachineError (no such device) or UsageError."""
+        config = self._config
+        place = self._choose_place()
+        dtype = self._choose_dtype(place)
+        step_tokens, step_tokens_decoding = self._choose_step_tokens(place)
+        most_running = config.max_running or (GPU_MAX_RUNNING if place.is_gpu else CPU_MAX_RUNNING)
+        pool = self._measure_pool(place, dtype, step_tokens=step_tokens, most_running=most_running)
+        context = self._choose_context(place, pool)
+        max_running = self._choose_max_running(pool, most_running)
+        num_blocks = self._choose_num_blocks(place, pool, context=context, max_running=max_running)
+        return EnginePlan(
+            device=place.device,
+            dtype=dtype,
+            max_model_len=context,
+            max_running=max_running,
+            step_tokens=step_tokens,
+            step_tokens_decoding=step_tokens_decoding,
+            block_size=pool.block_size,
+            num_blocks=num_blocks,
+            memory_fraction=config.memory_fraction,
+            max_queue=config.max_queue,
+            plain_loop=config.plain_loop,
+            prefix_caching=config.prefix_caching,
+            seed=config.seed,
+            reasons=tuple(self._reasons),
+        )
+
+    def _say(self, choice: str, because: str) -> None:
+        self._reasons.append(f"{choice}: {because}")
+
+    def _choose_place(self) -> _Place:
+        asked = self._config.device
+        no_gpu = _why_no_gpu(self._machine)
+        if asked == "cuda" and no_gpu is not None:
+            raise MachineError(
+                f"--device cuda cannot be had: {no_gpu}. Use --device cpu, or a machine with a newer GPU."
+            )
+        if asked == "cpu" or no_gpu is not None:
+            self._say(f"device cpu, {self._machine.cpu_count} cores", no_gpu if asked == "auto" and no_gpu else "named")
+            return self._cpu()
+        self._say(f"device cuda:0, {self._machine.cuda_devices[0].name}", "named" if asked == "cuda" else "it is there")
+        return self._gpu()
+
+    def _cpu(self) -> _Place:
+        fraction, available = self._config.memory_fraction, self._machine.cpu_available_bytes
+        budget = round(fraction * available)
+        had = f"the CPU can give {format_bytes(budget)} ({fraction:.0%} of {format_bytes(available)} available)"
+        return _Place(device="cpu", budget_bytes=budget, had=had)
+
+    def _gpu(self) -> _Place:
+        fraction, gpu = self._config.memory_fraction, self._machine.cuda_devices[0]
+        # The fraction is of the whole device; what other programs hold of it has gone already.
+        budget = max(0, gpu.free_bytes - round((1 - fraction) * gpu.total_bytes))
+        free, total = format_bytes(gpu.free_bytes), format_bytes(gpu.total_bytes)
+        had = f"cuda:0 can give {format_bytes(budget)} (of {total}, {free} are free, {1 - fraction:.0%} stay free)"
+        return _Place(device="cuda:0", budget_bytes=budget, had=had)
+
+    def _choose_dtype(self, place: _Place) -> DtypeName:
+        if self._config.dtype != "auto":
+            self._say(f"dtype {self._config.dtype}", "named")
+            return self._config.dtype
+        if place.is_gpu:
+            self._say("dtype bfloat16", "the checkpoint's, and fast on a GPU")
+            return "bfloat16"
+        in_float32 = weight_bytes(self._model, "float32")
+        if in_float32 <= place.budget_bytes // 2:
+            self._say("dtype float32", f"{format_bytes(in_float32)} of weights are small for this machine")
+            return "float32"
+        self._say("dtype bfloat16", f"float32 weights, {format_bytes(in_float32)}, would take over half of the memory")
+        return "bfloat16"
+
+    def _choose_step_tokens(self, place: _Place) -> tuple[int, int]:
+        """Tokens per step, and tokens per step while anything decodes."""
+        named = self._config.step_tokens
+        if named is not None:
+            self._say(f"{named:,} tokens per step", "named")
+            return named, min(named, GPU_STEP_TOKENS_DECODING) if place.is_gpu else named
+        if place.is_gpu:
+            choice = f"{GPU_STEP_TOKENS:,} tokens per step, {GPU_STEP_TOKENS_DECODING:,} while anything decodes"
+            self._say(choice, "longer steps would stall the running streams")
+            return GPU_STEP_TOKENS, GPU_STEP_TOKENS_DECODING
+        self._say(f"{CPU_STEP_TOKENS} tokens per step", "the default on a CPU")
+        return CPU_STEP_TOKENS, CPU_STEP_TOKENS
+
+    def _choose_block_size(self, place: _Place) -> int:
+        if self._config.block_size is not None:
+            return self._config.block_size
+        if place.is_gpu:
+            return GPU_BLOCK_SIZE
+        return CPU_BLOCK_SIZE_SMALL if num_parameters(self._model) < SMALL_MODEL_PARAMETERS else CPU_BLOCK_SIZE
+
+    def _measure_pool(self, place: _Place, dtype: DtypeName, *, step_tokens: int, most_running: int) -> _Pool:
+        block_size = self._choose_block_size(place)
+        weights = weight_bytes(self._model, dtype)
+        work = workspace_bytes(self._model, step_tokens=step_tokens, max_running=most_running, dtype=dtype)
+        per_block = block_bytes(self._model, block_size=block_size, dtype=dtype)
+        fixed = weights + work
+        if fixed + 2 * per_block > place.budget_bytes:
+            needed = f"{format_bytes(weights)} for weights in {dtype} and {format_bytes(work)} to work in"
+            raise _DoesNotFitError(needed, needed_bytes=fixed + 2 * per_block, had=place.had)
+        # A named number of blocks serves tests and benchmarks, and may be small enough to force preemption.
+        num_blocks = self._config.num_blocks or (place.budget_bytes - fixed) // per_block
+        return _Pool(num_blocks=num_blocks, block_size=block_size, block_bytes=per_block, fixed_bytes=fixed)
+
+    def _choose_context(self, place: _Place, pool: _Pool) -> int:
+        named, limit = self._config.max_model_len, self._model.max_position_embeddings
+        if named is not None and named > limit:
+            raise UsageError(f"--max-model-len {named} is beyond the model's {limit} positions. Give at most {limit}.")
+        wanted = named or min(limit, PRODUCT_CONTEXT)
+        fitting = (pool.num_blocks - 1) * pool.block_size  # one block stays free, the watermark of a running sequence
+        if named is not None and self._config.num_blocks is not None:
+            fitting = wanted
+        if fitting < (wanted if named is not None else min(wanted, MIN_CONTEXT)):
+            cache = (num_blocks_for(wanted, pool.block_size) + 1) * pool.block_bytes
+            needed = (
+                f"{format_bytes(pool.fixed_bytes)} for weights and work and {format_bytes(cache)} "
+                f"for a context of {wanted:,} tokens"
+            )
+            raise _DoesNotFitError(needed, needed_bytes=pool.fixed_bytes + cache, had=place.had)
+        if named is not None:
+            self._say(f"context {wanted:,} tokens", "named")
+        elif fitting < wanted:
+            self._say(f"context {fitting:,} tokens, not {wanted:,}", "all that the memory left for the cache holds")
+        else:
+            more = (
+                f"the model card's; --max-model-len takes up to {limit:,}"
+                if limit > wanted
+                else "all that the model has"
+            )
+            self._say(f"context {wanted:,} tokens", more)
+        return min(wanted, fitting)
+
+    def _choose_max_running(self, pool: _Pool, most_running: int) -> int:
+        if self._config.max_running is not None:
+            self._say(f"{most_running:,} sequences at once", "named")
+            return most_running
+        fitting = max(1, pool.num_tokens // MIN_TOKENS_PER_RUNNING)
+        if fitting < most_running:
+            choice = f"{fitting:,} sequences at once, not {most_running:,}"
+            self._say(choice, f"the cache holds {pool.num_tokens:,} tokens")
+            return fitting
+        self._say(f"{most_running:,} sequences at once", "the default for this device")
+        return most_running
+
+    def _choose_num_blocks(self, place: _Place, pool: _Pool, *, context: int, max_running: int) -> int | None:
+        num_blocks: int | None
+        if self._config.num_blocks is not None:
+            num_blocks, because = self._config.num_blocks, "named"
+        elif place.is_gpu:
+            num_blocks, because = None, "as many as fit once the weights are loaded"
+        else:
+            tokens = max(context, max_running * CPU_POOL_TOKENS_PER_RUNNING)
+            num_blocks = min(pool.num_blocks, num_blocks_for(tokens, pool.block_size) + max_running)
+            because = f"{format_bytes(num_blocks * pool.block_bytes)}, room for {num_blocks * pool.block_size:,} tokens"
+        count = f"about {pool.num_blocks:,}" if num_blocks is None else f"{num_blocks:,}"
+        self._say(f"{count} cache blocks of {pool.block_size} tokens", because)
+        return num_blocks
+
+
+def _why_no_gpu(machine: Machine) -> str | None:
+    """The reason why the first GPU cannot be used; None when it can."""
+    if not machine.cuda_devices:
+        return machine.cuda_note
+    gpu = machine.cuda_devices[0]
+    if gpu.capability >= MIN_CAPABILITY:
+        return None
+    has, least = ".".join(map(str, gpu.capability)), ".".join(map(str, MIN_CAPABILITY))
+    return f"{gpu.name} has compute capability {has}, below {least}"
+
+
+def _find_fix(config: EngineConfig, model: ModelConfig, *, machine: Machine) -> str | None:
+    """The command nearest to what was asked that this machine can run, checked by planning it. None: there is none."""
+    for candidate, candidate_model in _alternatives(config, model):
+        try:
+            plan = _Planner(candidate, candidate_model, machine=machine).plan()
+        except (_DoesNotFitError, LfmError):
+            continue  # this one is no way out either
+        if config.max_model_len is not None:  # name the context that fits, as the user named one
+            candidate = replace(candidate, max_model_len=plan.max_model_len)
+        return _command(candidate)
+    return None
+
+
+def _alternatives(config: EngineConfig, model: ModelConfig) -> Iterator[tuple[EngineConfig, ModelConfig]]:
+    """Settings to try instead, the nearest to the wish first."""
+    from lfm.model.presets import PRESETS
+
+    small, tiny = PRESETS["lfm2-8b-a1b"], PRESETS["tiny"]
+    is_random = config.model.startswith("random:")
+    free = replace(config, max_model_len=None)
+    yield free, model
+    yield replace(config, dtype="bfloat16"), model
+    yield replace(free, dtype="bfloat16"), model
+    yield replace(free, dtype="auto", device="cpu"), model
+    if num_parameters(small) < num_parameters(model):
+        name = "random:lfm2-8b-a1b" if is_random else "LiquidAI/LFM2-8B-A1B"
+        yield replace(free, dtype="auto", model=name), small
+        yield replace(free, dtype="auto", model=name, device="cpu"), small
+    if is_random:
+        yield replace(free, dtype="auto", model="random:tiny"), tiny
+        yield replace(free, dtype="auto", model="random:tiny", device="cpu"), tiny
+
+
+def _command(config: EngineConfig) -> str:
+    """The `lfm serve` line of a config, with the flags that decide memory."""
+    default = EngineConfig()
+    words = [f"lfm serve {config.model}"]
+    for name in ("device", "dtype", "max_model_len", "max_running", "step_tokens", "block_size", "memory_fraction"):
+        if getattr(config, name) != getattr(default, name):
+            words.append(f"--{name.replace('_', '-')} {getattr(config, name)}")
+    return " ".join(words)

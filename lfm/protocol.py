@@ -137,3 +137,4 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     load_s: float
+    reasons: tuple[str, ...] = ()  # what was chosen for this machine and why (EnginePlan.reasons), for people to read

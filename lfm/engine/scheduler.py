@@ -1,0 +1,387 @@
+"""The scheduler: one rule, and the bookkeeping of a step that is answered one step late. No torch here.
+
+There is no prefill phase: every sequence has `num_computed` that catches up with `num_tokens`. A step takes running
+sequences first (one token each, then chunks), then waiting ones, by priority and arrival, under a row limit and a token
+budget. `schedule` goes ahead as if every sequence went on (lengths are known, ids are not); `update` reads a step's
+answer and settles what it decided. Features go beside this file, not into it.
+
+Who may change a sequence's blocks, and when (step N launched, not yet read):
+    schedule   appends blocks; shares cached ones at admission
+    abort/finish/preempt while N names the sequence   only marks it
+    update(N)  indexes blocks that N filled; releases the blocks of a marked sequence once no launched step names it
+"""
+
+from bisect import insort
+
+from lfm.engine.cache import BlockHasher, BlockPool
+from lfm.engine.sequence import Sequence, Status
+from lfm.engine.step import Counters, ScheduledBatch, ScheduledRow, StepBudget, StepResult
+from lfm.errors import InternalError
+from lfm.protocol import EngineRequest, ErrorInfo, FinishReason, TokenEvent, TokenLogprob
+
+# A follower waits for the leader that computes its next block at most this many steps, then computes it itself.
+MAX_LEADER_WAIT_STEPS = 512
+
+
+class Scheduler:
+    """Waiting and running sequences over one block pool. One thread owns it."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        hasher: BlockHasher,
+        *,
+        block_size: int,
+        max_running: int,
+        step_tokens: int,
+        step_tokens_decoding: int,
+        prefix_caching: bool = True,
+    ) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.counters = Counters()
+        self._hasher = hasher
+        self._step_tokens = step_tokens
+        self._step_tokens_decoding = min(step_tokens, step_tokens_decoding)
+        self._prefix_caching = prefix_caching
+        self._free_rows = list(range(max_running - 1, -1, -1))
+        self._waiting: list[Sequence] = []  # sorted by key
+        self._running: list[Sequence] = []  # sorted by key
+        self._leaving: dict[str, Sequence] = {}  # preempted or finished, named by a launched step
+        self._by_id: dict[str, Sequence] = {}  # every sequence without a terminal event
+        self._computing: dict[bytes | None, Sequence] = {}  # full prompt blocks on their way, by hash
+        self._num_arrivals = 0
+
+    # -- entering and leaving ------------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return sum(sequence.num_tokens for sequence in self._waiting)
+
+    @property
+    def has_sequences(self) -> bool:
+        return bool(self._by_id or self._leaving)
+
+    def knows(self, request_id: str) -> bool:
+        return request_id in self._by_id or request_id in self._leaving
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request that `validate` has passed. Its prompt's full blocks are hashed here, once."""
+        sequence = Sequence(request, arrival=self._num_arrivals, root_hash=self._hasher.root(request.tenant))
+        self._num_arrivals += 1
+        self._by_id[sequence.id] = sequence
+        self._extend_hashes(sequence, len(sequence.ids) // self.block_size)
+        insort(self._waiting, sequence, key=_key)
+
+    def abort(self, request_id: str) -> TokenEvent | None:
+        """End a sequence now; its blocks follow when no launched step names it. None if it is unknown or has ended."""
+        sequence = self._by_id.get(request_id)
+        return self._finish(sequence, "abort") if sequence else None
+
+    def fail_all(self, error: ErrorInfo) -> list[TokenEvent]:
+        """End every sequence with the same error."""
+        return [self._finish(sequence, "error", error=error) for sequence in list(self._by_id.values())]
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        error: ErrorInfo | None = None,
+    ) -> TokenEvent:
+        """Mark a sequence finished and make its terminal event."""
+        del self._by_id[sequence.id]
+        if sequence.status is Status.WAITING:
+            self._waiting.remove(sequence)
+        sequence.finish_reason = reason
+        self._leave(sequence, Status.FINISHED)
+        return self._event(sequence, token_ids, logprobs, finish_reason=reason, error=error)
+
+    def _leave(self, sequence: Sequence, status: Status) -> None:
+        """Take a sequence out of the running ones; what it owns is released now, or after the last step naming it."""
+        if sequence.status is Status.RUNNING:
+            self._running.remove(sequence)
+            self._stop_leading(sequence)
+        sequence.status = status
+        if sequence.num_in_flight:
+            self._leaving[sequence.id] = sequence
+        else:
+            self._settle(sequence)
+
+    def _settle(self, sequence: Sequence) -> None:
+        """No launched step names this sequence: give back its blocks and row; a preempted one waits again."""
+        self._leaving.pop(sequence.id, None)
+        self.pool.release(sequence.block_table)
+        sequence.block_table = []
+        if sequence.row >= 0:
+            self._free_rows.append(sequence.row)
+            sequence.row = -1
+        if sequence.status is Status.PREEMPTED:
+            sequence.status = Status.WAITING
+            sequence.num_computed = sequence.num_indexed = 0
+            sequence.leader_waits = 0
+            sequence.awaited_hash = None
+            insort(self._waiting, sequence, key=_key)
+
+    # -- schedule ------------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> ScheduledBatch | None:
+        """Choose the next step, or None if nothing can be launched now (no work, or all of it waits for an answer)."""
+        batch = ScheduledBatch(rows=[], started=[])
+        decoding = any(sequence.is_decoding for sequence in self._running)
+        tokens = self._step_tokens_decoding if decoding else self._step_tokens
+        budget = StepBudget(left=tokens, longest=tokens)
+        self._schedule_single_tokens(batch, budget)
+        self._schedule_chunks(batch, budget)
+        self._admit(batch, budget)
+        if budget.long is not None and budget.left + budget.reserve:
+            self._launch(batch, budget.long, min(budget.long.num_remaining, budget.left + budget.reserve))
+        return batch if batch.rows else None
+
+    def _schedule_single_tokens(self, batch: ScheduledBatch, budget: StepBudget) -> None:
+        """Running sequences that need one position, with a new block where the last is full."""
+        num_stalled = index = 0
+        while index < len(self._running) and budget.left:
+            sequence = self._running[index]
+            index += 1
+            if sequence.num_remaining != 1:
+                continue
+            if sequence.num_computed == len(sequence.block_table) * self.block_size:
+                if not self._make_room(sequence, num_stalled):
+                    num_stalled += 1
+                    index -= sequence.status is not Status.RUNNING  # it preempted itself and left the list
+                    continue
+                sequence.block_table += self.pool.allocate(1)
+            self._launch(batch, sequence, 1)
+            budget.left -= 1
+
+    def _make_room(self, sequence: Sequence, num_stalled: int) -> bool:
+        """Whether a block is available for `sequence` now; preempts the last running ones, itself at worst."""
+        while not self.pool.num_available:
+            on_their_way = sum(len(leaving.block_table) for leaving in self._leaving.values())
+            if on_their_way > num_stalled:
+                return False  # a launched step's answer will free blocks: wait for it rather than preempt more
+            victim = self._running[-1]
+            self.counters.preemptions += 1
+            self._leave(victim, Status.PREEMPTED)
+            if victim is sequence:
+                return False
+        return True
+
+    def _schedule_chunks(self, batch: ScheduledBatch, budget: StepBudget) -> None:
+        """Chunks of running prompts. The first one longer than a step is set aside, to get its chunk last."""
+        long = next((s for s in self._running if s.num_remaining > budget.longest), None)
+        if long is not None:
+            budget.reserve_for(long)
+        for sequence in self._running:
+            if not budget.left:
+                break
+            if 1 < sequence.num_remaining <= budget.longest:
+                chunk = min(sequence.num_remaining, budget.left)
+                self._launch(batch, sequence, chunk)
+                budget.left -= chunk
+
+    def _admit(self, batch: ScheduledBatch, budget: StepBudget) -> None:
+        """Waiting sequences, until rows, budget or blocks run out. Never preempts."""
+        position = 0
+        while position < len(self._waiting) and budget.left and self._free_rows:
+            sequence = self._waiting[position]
+            position += 1
+            if self._still_waits_for_leader(sequence):
+                continue
+            hits = self._find_hits(sequence)
+            if self._begins_to_wait(sequence, len(hits)):
+                continue
+            num_new = sequence.num_tokens - len(hits) * self.block_size
+            is_long = num_new > budget.longest
+            if is_long and budget.long is not None:
+                continue  # one long prompt at a time; shorter ones may pass it
+            if not self._fits(sequence, hits):
+                break
+            position -= 1
+            del self._waiting[position]
+            self._start(batch, sequence, hits)
+            if is_long:
+                budget.reserve_for(sequence)
+                continue
+            chunk = min(num_new, budget.left)
+            self._launch(batch, sequence, chunk)
+            budget.left -= chunk
+
+    def _find_hits(self, sequence: Sequence) -> list[int]:
+        """Blocks of the longest indexed prefix; never the last token's, which is always computed."""
+        if not self._prefix_caching or sequence.wants_prompt_logprobs:
+            return []
+        hits: list[int] = []
+        longest = (sequence.num_tokens - 1) // self.block_size
+        for block_hash in sequence.block_hashes[:longest]:
+            block = self.pool.find(block_hash)
+            if block is None:
+                break
+            hits.append(block)
+        return hits
+
+    def _begins_to_wait(self, sequence: Sequence, num_hits: int) -> bool:
+        """Whether a running sequence is computing this one's next block, so that waiting saves computing it twice."""
+        if not self._prefix_caching or sequence.wants_prompt_logprobs:
+            return False
+        longest = min((sequence.num_tokens - 1) // self.block_size, len(sequence.block_hashes))
+        sequence.awaited_hash = sequence.block_hashes[num_hits] if num_hits < longest else None
+        return self._still_waits_for_leader(sequence)
+
+    def _still_waits_for_leader(self, sequence: Sequence) -> bool:
+        if sequence.awaited_hash not in self._computing or sequence.leader_waits >= MAX_LEADER_WAIT_STEPS:
+            return False
+        sequence.leader_waits += 1
+        return True
+
+    def _fits(self, sequence: Sequence, hits: list[int]) -> bool:
+        """Whether all known tokens fit beside one block of growth for every running sequence."""
+        num_needed = -(-sequence.num_tokens // self.block_size) - len(hits)
+        num_available = self.pool.num_available - sum(self.pool.is_cached(block) for block in hits)
+        return num_needed + len(self._running) <= num_available
+
+    def _start(self, batch: ScheduledBatch, sequence: Sequence, hits: list[int]) -> None:
+        """Give an admitted sequence its row and all blocks of its known tokens."""
+        for block in hits:
+            self.pool.share(block)
+        num_blocks = -(-sequence.num_tokens // self.block_size)
+        sequence.block_table = hits + self.pool.allocate(num_blocks - len(hits))
+        sequence.num_computed = len(hits) * self.block_size
+        sequence.num_indexed = len(hits)
+        sequence.row = self._free_rows.pop()
+        sequence.status = Status.RUNNING
+        if sequence.num_cached is None:
+            sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
+            self.counters.prompt_tokens += sequence.num_prompt
+            self.counters.cached_prompt_tokens += sequence.num_cached
+        for block_hash in sequence.block_hashes[len(hits) :]:
+            self._computing.setdefault(block_hash, sequence)
+        insort(self._running, sequence, key=_key)
+        batch.started.append(sequence)
+
+    def _launch(self, batch: ScheduledBatch, sequence: Sequence, chunk: int) -> None:
+        """Put a chunk into the step and count it as computed."""
+        start = sequence.num_computed
+        end = sequence.num_computed = start + chunk
+        samples = end == sequence.num_tokens
+        sequence.num_pending += samples
+        sequence.num_in_flight += 1
+        batch.rows.append(ScheduledRow(sequence, start, end, samples))
+
+    # -- update --------------------------------------------------------------------------------------------------------
+
+    def update(self, batch: ScheduledBatch, result: StepResult) -> list[TokenEvent]:
+        """Settle a step that was read back, in launch order. Returns the events it caused."""
+        events: list[TokenEvent] = []
+        for index, row in enumerate(batch.rows):
+            sequence = row.sequence
+            sequence.num_in_flight -= 1
+            sequence.num_pending -= row.samples
+            if result.is_finite[index] and sequence.finish_reason != "error":
+                self._index_blocks(sequence, row.end)
+            if sequence.status is not Status.FINISHED:
+                event = self._read_row(sequence, row, result, index)
+                if event is not None:
+                    events.append(event)
+            if not sequence.num_in_flight and sequence.id in self._leaving:
+                self._settle(sequence)
+        return events
+
+    def _read_row(self, sequence: Sequence, row: ScheduledRow, result: StepResult, index: int) -> TokenEvent | None:
+        """One live sequence's answer: prompt log-probabilities, its new id, its end."""
+        token_id = result.token_ids[index]
+        if not result.is_finite[index] or (row.samples and token_id < 0):
+            self.counters.corrupted_requests += 1
+            return self._finish(sequence, "error", error=_NOT_FINITE)
+        if index in result.prompt_logprobs:
+            known = len(sequence.prompt_logprobs)  # a preempted sequence computes some positions again
+            sequence.prompt_logprobs += result.prompt_logprobs[index][max(0, known - row.start - 1) :]
+        if not row.samples:
+            return None
+        sequence.ids.append(token_id)
+        self.counters.generated_tokens += 1
+        logprob = result.logprobs[index] if result.logprobs else None
+        logprobs = (logprob,) if logprob is not None else ()
+        if token_id in sequence.stop_ids:
+            return self._finish(sequence, "stop", token_ids=(token_id,), logprobs=logprobs)
+        if len(sequence.ids) >= sequence.max_num_tokens:
+            return self._finish(sequence, "length", token_ids=(token_id,), logprobs=logprobs)
+        return self._event(sequence, (token_id,), logprobs)
+
+    def _event(
+        self,
+        sequence: Sequence,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...],
+        *,
+        finish_reason: FinishReason | None = None,
+        error: ErrorInfo | None = None,
+    ) -> TokenEvent:
+        is_first = bool(token_ids) and sequence.num_outputs == len(token_ids)
+        wants_prompt = is_first and sequence.request.sampling.prompt_logprobs is not None
+        return TokenEvent(
+            request_id=sequence.id,
+            token_ids=list(token_ids),
+            logprobs=list(logprobs),
+            prompt_logprobs=sequence.prompt_logprobs if wants_prompt else None,
+            num_cached_tokens=sequence.num_cached if is_first else None,
+            finish_reason=finish_reason,
+            error=error,
+        )
+
+    def _index_blocks(self, sequence: Sequence, end: int) -> None:
+        """Make the blocks that this step filled findable: all their ids are known now."""
+        num_full = min(end, len(sequence.ids)) // self.block_size
+        if not self._prefix_caching or num_full <= sequence.num_indexed:
+            return
+        self._extend_hashes(sequence, num_full)
+        for position in range(sequence.num_indexed, num_full):
+            block_hash = sequence.block_hashes[position]
+            self.pool.index(sequence.block_table[position], block_hash)
+            if self._computing.get(block_hash) is sequence:
+                del self._computing[block_hash]
+        sequence.num_indexed = num_full
+
+    def _extend_hashes(self, sequence: Sequence, num_full: int) -> None:
+        hashes, size = sequence.block_hashes, self.block_size
+        while self._prefix_caching and len(hashes) < num_full:
+            begin = len(hashes) * size
+            parent = hashes[-1] if hashes else sequence.root_hash
+            hashes.append(self._hasher.extend(parent, sequence.ids[begin : begin + size]))
+
+    def _stop_leading(self, sequence: Sequence) -> None:
+        for block_hash in sequence.block_hashes[sequence.num_indexed :]:
+            if self._computing.get(block_hash) is sequence:
+                del self._computing[block_hash]
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise InternalError if blocks or rows leak. Cheap when idle; tests call it after every step."""
+        owners = [*self._running, *self._leaving.values()]
+        self.pool.check_balance([sequence.block_table for sequence in owners])
+        rows = [sequence.row for sequence in owners] + self._free_rows
+        if len(set(rows)) != len(rows) or -1 in rows:
+            raise InternalError(f"scheduler: rows are owned twice or lost: {sorted(rows)}")
+
+
+_NOT_FINITE = ErrorInfo(
+    message="The model produced numbers that are not finite for this request. Nothing of it was cached; try again.",
+    type="server_error",
+    code="model_error",
+)
+
+
+def _key(sequence: Sequence) -> tuple[int, int]:
+    return sequence.key

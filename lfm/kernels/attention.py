@@ -1,0 +1,137 @@
+"""Grouped-query attention over the paged cache: q/k norm, RoPE and K/V write; then attention per row.
+
+    q, k = rope(rms_norm(q)), rope(rms_norm(k));  o = softmax(q k^T / sqrt(K)) v, causal
+
+RoPE is the rotate-half form on the whole head; angles in fp32, cos and sin rounded to the activation dtype (transformers
+Lfm2RotaryEmbedding). Legend: T tokens, S rows, H q heads, G kv heads, K head dim, N blocks, B block size, C context.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lfm.kernels.norm import rms_norm_ref
+from lfm.kernels.forward_batch import ForwardBatch
+
+# Queries per attention call of a prefill chunk: bounds the mask (heads/group x 512 x context booleans).
+QUERY_TILE = 512
+# Rows x context per attention call of decode rows: bounds the gathered copies of K and V (1 GB at 24B in bf16).
+DECODE_TILE = 2**18
+
+
+def rope_tables(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, K] for these positions."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device) / head_dim
+    angles_TK = positions_T.float()[:, None] * (1.0 / theta**exponents)
+    angles_TK = torch.cat((angles_TK, angles_TK), dim=-1)
+    return angles_TK.cos().to(dtype), angles_TK.sin().to(dtype)
+
+
+def _rotate(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    low, high = x_THK.chunk(2, dim=-1)
+    return x_THK * cos_TK[:, None] + torch.cat((-high, low), dim=-1) * sin_TK[:, None]
+
+
+def qkv_rope_ref(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    q_norm_K: Tensor,
+    k_norm_K: Tensor,
+    eps: float,
+    rope: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm and rotate q and k; v passes through."""
+    q_THK = _rotate(rms_norm_ref(q_THK, q_norm_K, eps), *rope)
+    k_TGK = _rotate(rms_norm_ref(k_TGK, k_norm_K, eps), *rope)
+    return q_THK, k_TGK, v_TGK
+
+
+def write_kv_ref(k_TGK: Tensor, v_TGK: Tensor, batch: ForwardBatch, k_NGBK: Tensor, v_NGBK: Tensor) -> None:
+    """Store K and V of the step's tokens at their slots. Idempotent; padding tokens go to the scratch block."""
+    block_size = k_NGBK.shape[2]
+    blocks_T, offsets_T = batch.slots_T // block_size, batch.slots_T % block_size
+    k_NGBK[blocks_T, :, offsets_T] = k_TGK
+    v_NGBK[blocks_T, :, offsets_T] = v_TGK
+
+
+def _attend_rows(q_GMK: Tensor, k_GCK: Tensor, v_GCK: Tensor, positions_M: Tensor) -> Tensor:
+    """Causal attention of queries at `positions_M` over a contiguous context from position 0 [G, M, K]."""
+    keys_C = torch.arange(k_GCK.shape[1], device=k_GCK.device)
+    mask_MC = keys_C[None, :] <= positions_M[:, None]
+    return scaled_dot_product_attention(q_GMK[None], k_GCK[None], v_GCK[None], attn_mask=mask_MC)[0]
+
+
+def _attend_chunk(q_THK: Tensor, k_GCK: Tensor, v_GCK: Tensor, start: int) -> Tensor:
+    """One row's chunk over its whole context. The q heads of a group become further queries of their kv head."""
+    num_tokens, num_heads, head_dim = q_THK.shape
+    num_groups = k_GCK.shape[0]
+    outputs = []
+    for begin in range(0, num_tokens, QUERY_TILE):
+        tile_THK = q_THK[begin : begin + QUERY_TILE]
+        size = tile_THK.shape[0]
+        q_GMK = tile_THK.reshape(size, num_groups, -1, head_dim).permute(1, 2, 0, 3).reshape(num_groups, -1, head_dim)
+        positions = torch.arange(start + begin, start + begin + size, device=q_THK.device)
+        context = start + begin + size  # later keys are masked anyway
+        o_GMK = _attend_rows(q_GMK, k_GCK[:, :context], v_GCK[:, :context], positions.repeat(num_heads // num_groups))
+        outputs.append(
+            o_GMK.reshape(num_groups, -1, size, head_dim).permute(2, 0, 1, 3).reshape(size, num_heads, head_dim)
+        )
+    return torch.cat(outputs)
+
+
+def _attend_decode(q_SHK: Tensor, k_NGBK: Tensor, v_NGBK: Tensor, tables_SN: Tensor, positions_S: Tensor) -> Tensor:
+    """One query per row, all rows at once. Slots past a row's end hold garbage (NaN in tests), so V and K are cleaned."""
+    rows, num_heads, head_dim = q_SHK.shape
+    num_groups = k_NGBK.shape[1]
+    k_SGCK = k_NGBK[tables_SN].transpose(1, 2).reshape(rows, num_groups, -1, head_dim)
+    v_SGCK = v_NGBK[tables_SN].transpose(1, 2).reshape(rows, num_groups, -1, head_dim)
+    keys_C = torch.arange(k_SGCK.shape[2], device=q_SHK.device)
+    valid_SC = keys_C[None, :] <= positions_S[:, None]
+    clean = valid_SC[:, None, :, None]
+    k_SGCK, v_SGCK = k_SGCK.where(clean, 0.0), v_SGCK.where(clean, 0.0)
+    q_SGMK = q_SHK.reshape(rows, num_groups, -1, head_dim)
+    o_SGMK = scaled_dot_product_attention(q_SGMK, k_SGCK, v_SGCK, attn_mask=valid_SC[:, None, None, :])
+    return o_SGMK.reshape(rows, num_heads, head_dim)
+
+
+def attend_ref(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: ForwardBatch, k_NGBK: Tensor, v_NGBK: Tensor
+) -> Tensor:
+    """Attention of every token over its row's blocks [T, H, K]. Rows of one token (decode) go together, chunks one by one.
+
+    The scheduler puts decode rows first, so they are a prefix of the batch.
+    """
+    del k_TGK, v_TGK  # already in the cache
+    row_starts, block_size = batch.row_starts, k_NGBK.shape[2]
+    num_decode = 0
+    while num_decode < batch.num_rows and row_starts[num_decode + 1] - row_starts[num_decode] == 1:
+        num_decode += 1
+    outputs = []
+    if num_decode:
+        blocks = max(batch.starts[:num_decode]) // block_size + 1
+        tile = max(1, DECODE_TILE // (blocks * block_size))
+        for begin in range(0, num_decode, tile):
+            rows = slice(begin, min(begin + tile, num_decode))
+            tables_SN, positions_S = batch.block_tables_SN[rows, :blocks], batch.positions_T[rows]
+            outputs.append(_attend_decode(q_THK[rows], k_NGBK, v_NGBK, tables_SN, positions_S))
+    for row in range(num_decode, batch.num_rows):
+        begin, end = row_starts[row], row_starts[row + 1]
+        context = batch.starts[row] + end - begin
+        table = batch.block_tables_SN[row, : -(-context // block_size)]
+        k_GCK = k_NGBK[table].transpose(0, 1).flatten(1, 2)[:, :context]
+        v_GCK = v_NGBK[table].transpose(0, 1).flatten(1, 2)[:, :context]
+        outputs.append(_attend_chunk(q_THK[begin:end], k_GCK, v_GCK, batch.starts[row]))
+    return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+
+
+def attend_packed(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: ForwardBatch, k_NGBK: Tensor, v_NGBK: Tensor
+) -> Tensor:
+    """The same without a cache, for training and full recompute: every row starts at position 0. Differentiable."""
+    del k_NGBK, v_NGBK
+    outputs = []
+    for begin, end in zip(batch.row_starts[:-1], batch.row_starts[1:], strict=True):
+        k_GCK, v_GCK = k_TGK[begin:end].transpose(0, 1), v_TGK[begin:end].transpose(0, 1)
+        outputs.append(_attend_chunk(q_THK[begin:end], k_GCK, v_GCK, 0))
+    return torch.cat(outputs)

@@ -94,10 +94,10 @@ def _parse_message(value: object, where: str) -> Message:
     return Message(
         role=_typed(raw.get("role"), str, f"{where}.role"),
         content=_parse_content(raw.get("content"), f"{where}.content"),
-        tool_calls=[
+        tool_calls=tuple(
             _parse_tool_call(call, f"{where}.tool_calls[{index}]")
             for index, call in enumerate(_typed(raw.get("tool_calls") or [], list, f"{where}.tool_calls"))
-        ],
+        ),
         tool_call_id=_optional_text(raw.get("tool_call_id"), f"{where}.tool_call_id"),
         name=_optional_text(raw.get("name"), f"{where}.name"),
     )

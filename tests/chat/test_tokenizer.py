@@ -67,7 +67,7 @@ def test_no_mix_of_token_pieces_makes_a_control_token(any_tokenizer: Tokenizer, 
     assert_is_literal(any_tokenizer, "".join(pieces))
 
 
-@given(text=st.text())
+@given(text=st.text().filter(lambda text: "<|" not in text))  # the search also tries constants of the source
 def test_ids_of_ordinary_text_are_those_of_the_file(plain_tokenizer: Tokenizer, text: str) -> None:
     theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json()))
     assert plain_tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids

@@ -111,6 +111,7 @@ def test_openai_lists_the_served_model(openai_client: openai.OpenAI, served: Ser
     assert models.object == "list"
     assert [model.id for model in models.data] == [served.model]
     assert models.data[0].object == "model"
+    assert openai_client.models.retrieve(served.model).id == served.model
 
 
 def test_openai_n_gives_seeded_choices(openai_client: openai.OpenAI, served: Served) -> None:
@@ -138,12 +139,12 @@ def test_openai_n_gives_seeded_choices(openai_client: openai.OpenAI, served: Ser
 
 def test_openai_stop_string_ends_the_answer(openai_client: openai.OpenAI, served: Served) -> None:
     whole = openai_client.completions.create(
-        model=served.model, prompt="Say", max_tokens=48, temperature=0, logit_bias=NO_EOS
+        model=served.model, prompt="Say", max_tokens=48, seed=11, logit_bias=NO_EOS
     )
     text = whole.choices[0].text
-    stop = text[len(text) // 2 : len(text) // 2 + 2]
+    stop = next(character for character in text[8:] if character.isascii() and character.isprintable())
     cut = openai_client.completions.create(
-        model=served.model, prompt="Say", max_tokens=48, temperature=0, logit_bias=NO_EOS, stop=[stop]
+        model=served.model, prompt="Say", max_tokens=48, seed=11, logit_bias=NO_EOS, stop=[stop]
     )
     assert cut.choices[0].text == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
@@ -306,6 +307,7 @@ def test_together_gets_a_bare_array_of_models(together_client: together.Together
     assert isinstance(models, list)
     assert [model["id"] for model in models] == [served.model]
     assert models[0]["type"] == "chat"
+    assert list(together_client.models.list(project_id="default")) == []  # nothing was uploaded to any project
 
 
 def test_together_errors_become_the_right_exceptions(together_client: together.Together, served: Served) -> None:

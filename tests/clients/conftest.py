@@ -39,7 +39,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("served") / "serve.log"
     served = Served(url=f"http://127.0.0.1:{port}", model=MODEL, api_key=API_KEY, log=log)
     flags = ["--port", str(port), "--served-model-name", MODEL, "--api-key", API_KEY]
-    command = [sys.executable, "-c", "from lfm.cli import main; main()", "serve", "random:tiny", *flags]
+    command = [sys.executable, "-m", "lfm.cli", "serve", "random:tiny", *flags]
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
             poll(lambda: is_ready(process, served), seconds=START_SECONDS, what=f"/readyz of the server ({log})")

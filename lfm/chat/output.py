@@ -42,10 +42,9 @@ class Delta:
     error: ErrorInfo | None = None
     stopped_by_string: bool = False
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to send."""
-        return self == _NOTHING
+    def __bool__(self) -> bool:
+        """Whether there is anything to send."""
+        return self != _NOTHING
 
 
 _NOTHING = Delta()

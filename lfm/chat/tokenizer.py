@@ -49,6 +49,7 @@ class Tokenizer:
         special_ids: ids marked special; they never become text.
         added_ids: special_ids and the added tokens that are not marked special; `encode` yields none of them.
         stop_token_ids: ids that end a generation: im_end, endoftext and those that config.json names.
+        max_token_bytes: bytes of the longest token; a text of b bytes has at least b / max_token_bytes tokens.
         prompt_form: which of the two chat layouts this checkpoint was trained with.
     """
 
@@ -75,7 +76,7 @@ class Tokenizer:
         stop_ids = {self.special.im_end, self.special.endoftext, *config.eos_token_ids}
         self.stop_token_ids = tuple(sorted(i for i in stop_ids if i is not None and 0 <= i < config.vocab_size))
         self._bytes = _bytes_of_ids(vocab, self.added_ids)
-        self._max_token_bytes = max(map(len, self._bytes))
+        self.max_token_bytes = max(map(len, self._bytes))
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise ModelError(f"{origin} loses text: it is no complete byte-level tokenizer. Download it again.")
 
@@ -115,10 +116,6 @@ class Tokenizer:
         ids = self._matching.encode_batch_fast([text], add_special_tokens=False)[0].ids
         start = next((i for i, token_id in enumerate(ids) if token_id != self.special.bos), len(ids))
         return [self.special.bos, *ids[start:]]
-
-    def fewest_tokens(self, text: str) -> int:
-        """A lower bound of `len(encode(text))` that costs nothing, to refuse a text that is far too long."""
-        return -(-len(text) // self._max_token_bytes)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids without special tokens; invalid UTF-8 becomes U+FFFD. Raises RequestError for unknown ids."""

@@ -68,8 +68,8 @@ def test_an_ordinary_token_that_the_request_chose_as_stop_token_is_no_text(byte_
 
 def test_the_acceptance_event_is_an_empty_delta(byte_tokenizer: Tokenizer) -> None:
     processor = OutputProcessor(byte_tokenizer)
-    assert processor.feed(TokenEvent(request_id="1", is_accepted=True)).is_empty
-    assert not processor.feed(event([65])).is_empty
+    assert not processor.feed(TokenEvent(request_id="1", is_accepted=True))
+    assert processor.feed(event([65]))
 
 
 def test_cached_tokens_are_remembered(byte_tokenizer: Tokenizer) -> None:
@@ -85,9 +85,9 @@ def test_a_stop_string_ends_the_text_and_later_tokens_are_dropped_and_not_billed
     deltas = [processor.feed(event(ids[:6])), processor.feed(event(ids[6:9])), processor.feed(event(ids[9:]))]
     assert [delta.text for delta in deltas] == ["one ", "", ""]
     assert deltas[1] == Delta(token_ids=tuple(ids[6:7]), finish_reason="stop", stopped_by_string=True)
-    assert deltas[2].is_empty
+    assert not deltas[2]
     assert processor.num_output_tokens == len("one END")
-    assert processor.feed(event(finish_reason="abort")).is_empty
+    assert not processor.feed(event(finish_reason="abort"))
     assert processor.finish_reason == "stop"
 
 
@@ -115,7 +115,7 @@ def test_errors_pass_through_with_what_was_held(byte_tokenizer: Tokenizer) -> No
     assert processor.feed(event(finish_reason="error", error=LOST)) == Delta(
         text="<", finish_reason="error", error=LOST
     )
-    assert processor.feed(event(finish_reason="error", error=LOST)).is_empty
+    assert not processor.feed(event(finish_reason="error", error=LOST))
 
 
 def test_an_error_is_not_hidden_by_a_stop_string(byte_tokenizer: Tokenizer) -> None:
@@ -216,4 +216,4 @@ def test_joined_deltas_are_one_delta(byte_tokenizer: Tokenizer) -> None:
         finish_reason="error",
         error=LOST,
     )
-    assert join_deltas([]).is_empty
+    assert not join_deltas([])

@@ -294,9 +294,5 @@ def test_a_preset_gets_the_byte_level_tokenizer() -> None:
 
 
 @given(text=st.text() | st.sampled_from(SPECIAL_TOKEN_TEXTS) | st.integers(0, 40).map("\n".__mul__))
-def test_the_fewest_tokens_of_a_text_are_no_more_than_it_has(any_tokenizer: Tokenizer, text: str) -> None:
-    assert any_tokenizer.fewest_tokens(text) <= len(any_tokenizer.encode(text))
-
-
-def test_a_text_far_too_long_is_known_to_be_so(byte_tokenizer: Tokenizer) -> None:
-    assert byte_tokenizer.fewest_tokens("a" * 30_000_000) > 1_000_000
+def test_no_token_stands_for_more_bytes_than_the_longest(any_tokenizer: Tokenizer, text: str) -> None:
+    assert len(text.encode()) <= any_tokenizer.max_token_bytes * len(any_tokenizer.encode(text))

@@ -2,16 +2,17 @@
 
     q, k = rope(rms_norm(q)), rope(rms_norm(k));  o = softmax(q k^T / sqrt(K)) v, causal
 
-RoPE is the rotate-half form on the whole head; angles in fp32, cos and sin rounded to the activation dtype (transformers
-Lfm2RotaryEmbedding). Legend: T tokens, S rows, H q heads, G kv heads, K head dim, N blocks, B block size, C context.
+RoPE is the rotate-half form on the whole head; angles in fp32, cos and sin rounded to the activation dtype
+(transformers Lfm2RotaryEmbedding).
+Legend: T tokens, S rows, H q heads, G kv heads, K head dim, N blocks, B block size, C context.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lfm.kernels.norm import rms_norm_ref
 from lfm.kernels.forward_batch import ForwardBatch
+from lfm.kernels.norm import rms_norm_ref
 
 # Queries per attention call of a prefill chunk: bounds the mask (heads/group x 512 x context booleans).
 QUERY_TILE = 512
@@ -81,7 +82,7 @@ def _attend_chunk(q_THK: Tensor, k_GCK: Tensor, v_GCK: Tensor, start: int) -> Te
 
 
 def _attend_decode(q_SHK: Tensor, k_NGBK: Tensor, v_NGBK: Tensor, tables_SN: Tensor, positions_S: Tensor) -> Tensor:
-    """One query per row, all rows at once. Slots past a row's end hold garbage (NaN in tests), so V and K are cleaned."""
+    """One query per row, all rows at once. Slots past a row's end hold garbage, NaN even, so K and V are cleaned."""
     rows, num_heads, head_dim = q_SHK.shape
     num_groups = k_NGBK.shape[1]
     k_SGCK = k_NGBK[tables_SN].transpose(1, 2).reshape(rows, num_groups, -1, head_dim)
@@ -98,7 +99,7 @@ def _attend_decode(q_SHK: Tensor, k_NGBK: Tensor, v_NGBK: Tensor, tables_SN: Ten
 def attend_ref(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: ForwardBatch, k_NGBK: Tensor, v_NGBK: Tensor
 ) -> Tensor:
-    """Attention of every token over its row's blocks [T, H, K]. Rows of one token (decode) go together, chunks one by one.
+    """Attention of every token over its row's blocks [T, H, K]. Rows of one token go together, chunks one by one.
 
     The scheduler puts decode rows first, so they are a prefix of the batch.
     """

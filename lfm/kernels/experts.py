@@ -52,7 +52,7 @@ def _grouped_mm() -> Any:
 
 
 def has_grouped_mm(x: Tensor) -> bool:
-    """Whether the grouped GEMM of the libraries runs on this tensor: bf16 on an NVIDIA GPU of capability 8.0 or later."""
+    """Whether the libraries' grouped GEMM runs on this tensor: bf16 on an NVIDIA GPU of capability 8.0 or later."""
     return x.is_cuda and x.dtype == torch.bfloat16 and _grouped_mm() is not None
 
 

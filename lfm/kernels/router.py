@@ -21,7 +21,7 @@ def route_ref(
     normalise: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return (expert ids int64 [T, A], weights [T, A] in fp32 or wider). The scores keep at least fp32: a fast op may too."""
+    """Return (expert ids int64 [T, A], weights [T, A] in fp32 or wider)."""
     scores_TE = widen(linear(x_TD, gate_ED)).sigmoid()
     selection_TE = scores_TE if bias_E is None else scores_TE + bias_E
     chosen_TA = selection_TE.topk(num_chosen, dim=-1).indices

@@ -11,8 +11,8 @@ Legend: T tokens, S rows, D hidden, L window, N blocks, W tail writes.
 import torch
 from torch import Tensor
 
-from lfm.kernels.norm import widen
 from lfm.kernels.forward_batch import ForwardBatch
+from lfm.kernels.norm import widen
 
 
 def _taps(u_TD: Tensor, tails_NLD: Tensor, batch: ForwardBatch, tokens_M: Tensor, back: int) -> Tensor:
@@ -31,7 +31,7 @@ def _taps(u_TD: Tensor, tails_NLD: Tensor, batch: ForwardBatch, tokens_M: Tensor
 def short_conv_ref(
     bcx_T3D: Tensor, weight_DL: Tensor, bias_D: Tensor | None, batch: ForwardBatch, tails_NLD: Tensor
 ) -> Tensor:
-    """Return y [T, D] and write the tails of the blocks that end in this step. All reads come before the first write."""
+    """Return y [T, D] and write the tails of the blocks that end in this step, after all reads."""
     b_TD, c_TD, x_TD = bcx_T3D.chunk(3, dim=-1)
     u_TD = b_TD * x_TD
     window = weight_DL.shape[1]

@@ -45,4 +45,4 @@ def full_logits(model: Lfm2, rows: Sequence[Sequence[int]], ops: Ops = PACKED) -
     device = model.model.embed_tokens.weight.device
     batch = packed_batch(rows, device)
     logits = model.head(model(batch, None, ops), ops)
-    return list(logits.split([len(row) for row in rows]))
+    return list(torch.split(logits, [len(row) for row in rows]))

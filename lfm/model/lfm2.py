@@ -6,10 +6,10 @@
 
 Operator: double-gated short convolution, or grouped-query attention with per-head q/k norm before RoPE.
 Feed-forward: SwiGLU in the first `num_dense_layers` layers (all of them in dense LFM2), then experts behind a sigmoid
-router. Parameters carry the checkpoint's names. This file knows nothing of caches, batches or devices: the ops table does.
+router. Parameters carry the checkpoint's names. This file knows nothing of blocks, rows or devices: the ops do.
 bf16 rounding points: norm out, u, conv out, expert out; an op may keep more precision, never less.
 Source: transformers modeling_lfm2.py and modeling_lfm2_moe.py.
-Legend: T tokens, D hidden, H q heads, G kv heads, K head dim, E experts, F expert width, I dense width, L window, V vocab.
+Legend: T tokens, D hidden, H q heads, G kv heads, K head dim, E experts, F expert width, L window, N blocks, V vocab.
 """
 
 import torch
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         self, x_TD: Tensor, batch: ForwardBatch, kv: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor], ops: Ops
     ) -> Tensor:
         def heads(projection: Weight) -> Tensor:
-            return ops.project(x_TD, projection.weight, None).unflatten(-1, (-1, self.head_dim))
+            return ops.project(x_TD, projection.weight, None).view(x_TD.shape[0], -1, self.head_dim)
 
         q_norm, k_norm = self.q_layernorm.weight, self.k_layernorm.weight
         q, k, v = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
@@ -159,7 +159,7 @@ class Lfm2(nn.Module):
             self.lm_head = Weight(config.vocab_size, config.hidden_size)
 
     def forward(self, batch: ForwardBatch, cache: CacheTensors | None, ops: Ops) -> Tensor:
-        """Hidden states after the final norm [T, D]. With `cache`, K, V and conv tails of the step are written to it."""
+        """Hidden states after the final norm [T, D]; K, V and conv tails of the step go to `cache`, if there is one."""
         config = self.config
         h_TD = torch.nn.functional.embedding(batch.ids_T, self.model.embed_tokens.weight)
         rope = rope_tables(batch.positions_T, config.head_dim, config.rope_theta, h_TD.dtype)

@@ -1,8 +1,8 @@
 """The tables of ops that the one model definition is written in.
 
 `PACKED` trains and recomputes in full (autograd, no cache), `REFERENCE` serves from the paged cache in plain torch,
-`FAST` is what a step uses where the hardware has something better. A fast entry has the signature of its reference and a
-parity test; a capability check inside the op falls back to the reference.
+`FAST` is what a step uses where the hardware has something better. A fast entry has the signature of its reference and
+a parity test; a capability check inside the op falls back to the reference.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,149 @@
+"""Put an engine together: model source, plan, weights, block pool, scheduler, runner."""
+
+import os
+import time
+from collections.abc import Callable
+
+import msgspec
+import torch
+
+from lfm.config import EngineConfig, EnginePlan, ModelConfig
+from lfm.engine.batch import BatchBuilder
+from lfm.engine.cache import BlockHasher, BlockPool
+from lfm.engine.engine import Engine
+from lfm.engine.plan import plan_engine
+from lfm.engine.runner import Runner
+from lfm.engine.sampling_rows import SamplingRows
+from lfm.engine.scheduler import Scheduler
+from lfm.engine.warm_up import measure_workspace
+from lfm.errors import MachineError
+from lfm.kernels.forward_batch import CacheTensors
+from lfm.model.lfm2 import Lfm2
+from lfm.model.ops import FAST, REFERENCE, Ops
+from lfm.model.presets import fill_random
+from lfm.model.sizes import block_bytes, format_bytes
+from lfm.model.source import ModelSource, resolve_model
+from lfm.model.weights import load_weights
+from lfm.protocol import EngineInfo
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def build_engine(config: EngineConfig, *, on_phase: Callable[[str], None] = lambda line: None) -> Engine:
+    """Load the model that `config` names and return an engine that is ready to step.
+
+    `on_phase` gets a line of progress now and then. Raises the LfmErrors of `resolve_model`, `plan_engine` and
+    `load_weights`.
+    """
+    started_s = time.monotonic()
+    source = resolve_model(config.model, revision=config.revision, on_progress=on_phase)
+    plan = plan_engine(config, source.config)
+    model = load_model(source, plan, on_phase=on_phase)
+    num_ids = num_tokenizer_ids(source)
+    engine = assemble_engine(model, plan, num_ids=num_ids, name=source.name)
+    engine.info = msgspec.structs.replace(engine.info, load_s=time.monotonic() - started_s)
+    on_phase(f"ready after {engine.info.load_s:.1f} s")
+    return engine
+
+
+def load_model(source: ModelSource, plan: EnginePlan, *, on_phase: Callable[[str], None] = lambda line: None) -> Lfm2:
+    """The model on the plan's device and dtype: from the folder, or random for a preset."""
+    device, dtype = torch.device(plan.device), DTYPES[plan.dtype]
+    with torch.device("meta"):
+        model = Lfm2(source.config)
+    if source.folder is not None:
+        load_weights(model, source.folder, device=device, dtype=dtype, on_progress=on_phase)
+    else:
+        on_phase(f"making random weights for {source.name}")
+        fill_random(model, device=device, dtype=dtype, seed=plan.seed)
+    return model.requires_grad_(False).eval()
+
+
+def num_tokenizer_ids(source: ModelSource) -> int:
+    """How many ids have a text. Ids beyond are never sampled."""
+    from lfm.chat.tokenizer import Tokenizer
+
+    return Tokenizer.for_source(source.folder, source.config).num_ids
+
+
+def assemble_engine(
+    model: Lfm2,
+    plan: EnginePlan,
+    *,
+    num_ids: int,
+    name: str = "model",
+    ops: Ops | None = None,
+    overlap: bool | None = None,
+) -> Engine:
+    """An engine around a model on its device. `ops` and `overlap` None: what the plan and the device call for."""
+    config, device = model.config, torch.device(plan.device)
+    if ops is None:
+        ops = REFERENCE if plan.plain_loop else FAST
+    rows = SamplingRows(plan.max_running, config.vocab_size, num_ids=num_ids, device=device)
+    builder = BatchBuilder(
+        max_running=plan.max_running,
+        step_tokens=plan.step_tokens,
+        max_model_len=plan.max_model_len,
+        block_size=plan.block_size,
+        device=device,
+    )
+    runner = Runner(model, _cache(config, plan, 0), rows, builder, ops=ops)
+    num_blocks = plan.num_blocks if plan.num_blocks is not None else _measure_num_blocks(runner, plan)
+    runner.cache = _cache(config, plan, num_blocks)
+    scheduler = Scheduler(
+        BlockPool(num_blocks),
+        BlockHasher(os.urandom(32), model=name, kv_dtype=plan.dtype),
+        block_size=plan.block_size,
+        max_running=plan.max_running,
+        step_tokens=plan.step_tokens,
+        step_tokens_decoding=plan.step_tokens_decoding,
+        prefix_caching=plan.prefix_caching,
+    )
+    info = _plan_info(config, plan, num_blocks)
+    if overlap is None:
+        overlap = runner.is_async and not plan.plain_loop
+    return Engine(scheduler, runner, info, num_ids=num_ids, overlap=overlap, seed=plan.seed)
+
+
+def _cache(config: ModelConfig, plan: EnginePlan, num_blocks: int) -> CacheTensors:
+    """The pool's tensors: the usable blocks and the scratch block."""
+    return CacheTensors.allocate(
+        config,
+        num_blocks + 1,
+        block_size=plan.block_size,
+        dtype=DTYPES[plan.dtype],
+        device=torch.device(plan.device),
+    )
+
+
+def _measure_num_blocks(runner: Runner, plan: EnginePlan) -> int:
+    """As many blocks as `memory_fraction` of the GPU leaves beside the weights and the largest steps, which are run."""
+    config, device = runner.model.config, runner.rows.device
+    workspace = measure_workspace(runner, plan)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    budget = free - round((1 - plan.memory_fraction) * total) - workspace
+    per_block = block_bytes(config, block_size=plan.block_size, dtype=plan.dtype)
+    num_blocks = budget // per_block
+    if num_blocks * plan.block_size < plan.max_model_len:
+        raise MachineError(
+            f"{format_bytes(max(0, budget))} are left for the cache; a context of {plan.max_model_len:,} tokens needs "
+            f"{format_bytes(-(-plan.max_model_len // plan.block_size) * per_block)}. Lower --max-model-len."
+        )
+    return num_blocks
+
+
+def _plan_info(config: ModelConfig, plan: EnginePlan, num_blocks: int) -> EngineInfo:
+    return EngineInfo(
+        model_type=config.model_type,
+        vocab_size=config.vocab_size,
+        max_model_len=plan.max_model_len,
+        num_blocks=num_blocks,
+        block_size=plan.block_size,
+        max_running=plan.max_running,
+        max_queue=plan.max_queue,
+        device=plan.device,
+        dtype=plan.dtype,
+        load_s=0.0,
+        reasons=plan.reasons,
+    )

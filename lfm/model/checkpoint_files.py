@@ -56,16 +56,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 def no_weights_cause(names: Collection[str]) -> str:
     """What to say of a folder or repository with files `names` and no weights that can be read: cause and fix."""
+    fix = f"Give a folder or hub id with {SINGLE_FILE}, or with shards and {INDEX_FILE}."
+    others = sorted(name for name in names if name.endswith(".safetensors"))
     unsafe = sorted(name for name in names if name.endswith(_UNSAFE_SUFFIXES))
+    if others:
+        return f"has {listed(others)} but neither {SINGLE_FILE} nor {INDEX_FILE}. {fix}"
     if unsafe:
-        return (
-            f"has its weights only as pickles ({listed(unsafe)}), which can run code and are never loaded. "
-            "Convert them to safetensors."
-        )
-    shards = sorted(name for name in names if name.endswith(".safetensors"))
-    if shards:
-        return f"has {listed(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}. Download the model again."
-    return f"has no {SINGLE_FILE}. Give a folder or hub id with weights as safetensors."
+        return f"has its weights only as pickles ({listed(unsafe)}), which can run code and are never loaded. {fix}"
+    return f"has no {SINGLE_FILE}. {fix}"
 
 
 def listed(items: Collection[str], limit: int = 20) -> str:

@@ -1,0 +1,104 @@
+"""From a validated request to engine requests: the model's name, the prompt as ids, the token limit."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from lfm.chat.completion import requests_for
+from lfm.chat.defaults import resolve_sampling
+from lfm.chat.tokenizer import Tokenizer
+from lfm.errors import NotFoundError, RequestError
+from lfm.protocol import EngineRequest
+from lfm.server.generation import Generation
+from lfm.server.schemas import GenerationRequest
+from lfm.server.state import AppState
+
+LONG_TEXT_CHARS = 16_384  # some 3 ms of tokenizing: longer ones would hold up every stream of this process
+
+_T = TypeVar("_T")
+
+
+def check_model(requested: str, served: str) -> None:
+    if requested != served:
+        raise NotFoundError(
+            f"The model {requested[:200]!r} is not served here. Served: {served!r}.",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def check_text_size(num_bytes: int, state: AppState, *, param: str) -> None:
+    """Refuse a text that cannot fit, before it is tokenized: no token stands for more than `max_token_bytes`."""
+    max_model_len = state.backend.info.max_model_len
+    least_tokens = num_bytes // state.tokenizer.max_token_bytes
+    if least_tokens > max_model_len:
+        raise RequestError(
+            f"{param} holds {num_bytes} bytes of text, that is {least_tokens} tokens or more. "
+            f"Allowed: the context of {max_model_len} tokens. Send less text.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+async def in_thread_if_long(work: Callable[[], _T], num_chars: int) -> _T:
+    """Tokenizing releases the interpreter lock, so a long text is worth a thread."""
+    return await asyncio.to_thread(work) if num_chars > LONG_TEXT_CHARS else work()
+
+
+def shown_prompt(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The prompt as the model sees it, control tokens included."""
+    return b"".join(map(tokenizer.token_bytes, prompt_ids)).decode("utf-8", errors="replace")
+
+
+def make_requests(
+    request: GenerationRequest, prompts: Sequence[list[int]], *, request_id: str, state: AppState
+) -> list[EngineRequest]:
+    """One engine request per choice: the n choices of the first prompt, then those of the second, and so on.
+
+    Raises RequestError for values that no engine could take; all other bounds are the engine's.
+    """
+    n = 1 if request.n is None else request.n
+    info = state.backend.info
+    if n * len(prompts) > info.max_running + info.max_queue:
+        raise RequestError(
+            f"n={n} choices of {len(prompts)} prompts are {n * len(prompts)} sequences. "
+            f"Allowed: {info.max_running + info.max_queue}. Send fewer at once.",
+            param="n",
+        )
+    stop_token_ids = () if request.ignore_eos else state.tokenizer.stop_token_ids
+    engine_requests: list[EngineRequest] = []
+    for prompt_ids in prompts:
+        sampling = resolve_sampling(
+            request.requested_sampling(),
+            defaults=state.defaults,
+            max_tokens=_max_tokens(request, len(prompt_ids), info.max_model_len),
+            stop_token_ids=stop_token_ids,
+        )
+        engine_requests += requests_for(
+            prompt_ids, request_id=request_id, sampling=sampling, n=n, first_choice=len(engine_requests)
+        )
+    return engine_requests
+
+
+def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, max_model_len: int) -> int:
+    """What the client asked for; all that is left of the context if it named nothing.
+
+    A prompt that fills the context leaves nothing; asking for one token lets the engine refuse it with the numbers.
+    """
+    left = max(1, max_model_len - num_prompt_tokens)
+    if request.token_limit is None:
+        return left
+    is_clamped = request.context_length_exceeded_behavior == "truncate"
+    return min(request.token_limit, left) if is_clamped else request.token_limit
+
+
+async def open_generation(generation: Generation, request: GenerationRequest, *, prompt_field: str) -> None:
+    """Submit, and let a refusal name the fields by which this client knows them."""
+    try:
+        await generation.open()
+    except RequestError as error:
+        names = {"max_tokens": request.max_tokens_field, "prompt": prompt_field}
+        if error.param in names:
+            error.message = error.message.replace(f"{error.param}=", f"{names[error.param]}=")
+            error.param = names[error.param]
+        raise

@@ -1,0 +1,113 @@
+"""The application: which path leads where, and the order of what stands in front of every route.
+
+RequestContext      request id, every exception's answer, access log, metrics
+  Guard             header size, Host and Origin, API key
+    routes
+"""
+
+from typing import Never
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lfm.chat.defaults import SamplingDefaults
+from lfm.chat.tokenizer import Tokenizer
+from lfm.config import ModelConfig, ServerConfig
+from lfm.engine.client import EngineBackend
+from lfm.server.chat import Chat
+from lfm.server.completions import Completions
+from lfm.server.context import RequestContext
+from lfm.server.endpoint import GenerationEndpoint
+from lfm.server.errors import from_http_exception
+from lfm.server.guard import Guard
+from lfm.server.health import Liveness, Readiness
+from lfm.server.metrics import Metrics, MetricsPage
+from lfm.server.models import ModelDetail, ModelList, ProjectModels, SupportedModels
+from lfm.server.state import AppState, record_of
+
+# Users give a base URL with /v1 to clients that add it themselves, and one without it to clients that do not.
+V1_PREFIXES = ("/v1", "/v1/v1", "")
+V2_PREFIXES = ("/v2", "/v1/v2")
+
+
+def create_app(
+    *,
+    backend: EngineBackend,
+    tokenizer: Tokenizer,
+    model_config: ModelConfig,
+    model_name: str,
+    defaults: SamplingDefaults,
+    config: ServerConfig,
+    worker: int = 0,
+) -> Starlette:
+    """Make the ASGI app of one API process; its `AppState` is `app.state.lfm`.
+
+    Args:
+        model_name: the name that requests must use (`ServerConfig.served_model_name`, else the model source's name).
+        worker: number of this API process, for the metrics' label.
+    """
+    state = AppState(
+        backend=backend,
+        tokenizer=tokenizer,
+        model_config=model_config,
+        model_name=model_name,
+        defaults=defaults,
+        config=config,
+        metrics=Metrics(backend, model_name=model_name, worker=worker),
+    )
+    app = Starlette(
+        routes=_routes(state),
+        middleware=[Middleware(RequestContext, state=state), Middleware(Guard, config=config)],
+        exception_handlers={HTTPException: _raise_ours},
+    )
+    app.router.redirect_slashes = False  # a redirect would be built from the client's Host header
+    app.state.lfm = state
+    return app
+
+
+def _routes(state: AppState) -> list[Route]:
+    routes = [
+        _route("GET", "/livez", Liveness()),
+        _route("GET", "/readyz", Readiness(state)),
+        _route("GET", "/health", Readiness(state)),
+        _route("GET", "/metrics", MetricsPage(state.metrics)),
+    ]
+    for prefix in V1_PREFIXES:
+        routes += [
+            _route("POST", f"{prefix}/chat/completions", GenerationEndpoint(Chat(), state)),
+            _route("POST", f"{prefix}/completions", GenerationEndpoint(Completions(), state)),
+            _route("GET", f"{prefix}/models", ModelList(state)),
+            _route("GET", f"{prefix}/models/{{model:path}}", ModelDetail(state)),
+        ]
+    for prefix in V2_PREFIXES:
+        routes += [
+            _route("GET", f"{prefix}/supported-models", SupportedModels(state)),
+            _route("GET", f"{prefix}/projects/{{project}}/models", ProjectModels()),
+        ]
+    return routes
+
+
+def _route(method: str, path: str, endpoint: ASGIApp) -> Route:
+    return Route(path, _Named(path, endpoint), methods=[method])
+
+
+class _Named:
+    """Tells the request's record which route it took; logs and metrics never show a path that a client made up."""
+
+    def __init__(self, path: str, endpoint: ASGIApp) -> None:
+        self._path = path
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record_of(scope).route = self._path
+        await self._endpoint(scope, receive, send)
+
+
+async def _raise_ours(request: Request, error: Exception) -> Never:
+    """The router's 404 and 405 in our own words; `RequestContext` answers them."""
+    assert isinstance(error, HTTPException)
+    raise from_http_exception(error, request.scope["path"])

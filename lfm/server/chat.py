@@ -1,0 +1,93 @@
+"""POST /v1/chat/completions: messages to a prompt, deltas to chat JSON."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from lfm.chat.output import Delta, TokenScore
+from lfm.chat.prompt import build_prompt
+from lfm.server.admission import check_text_size, in_thread_if_long, shown_prompt
+from lfm.server.answer import AnswerHead, Json
+from lfm.server.generation import Choice
+from lfm.server.logprobs import chat_logprobs, token_arrays
+from lfm.server.schemas import ChatRequest
+from lfm.server.state import AppState
+
+
+class Chat:
+    """The family of chat completions."""
+
+    request_type = ChatRequest
+    id_prefix = "chatcmpl"
+    prompt_field = "messages"
+
+    async def prompts(self, request: ChatRequest, state: AppState) -> list[list[int]]:
+        num_chars = sum(len(message.text) for message in request.messages)
+        check_text_size(num_chars, state, param="messages")
+        return [await in_thread_if_long(partial(build_prompt, state.tokenizer, request.messages), num_chars)]
+
+    def shape(
+        self, request: ChatRequest, prompts: Sequence[list[int]], *, head: AnswerHead, state: AppState
+    ) -> "ChatShape":
+        return ChatShape(head, echoed=shown_prompt(prompts[0], state.tokenizer) if request.echo else None)
+
+
+class ChatShape:
+    """The JSON of one chat answer. `echoed` is the prompt as the model saw it, control tokens shown."""
+
+    def __init__(self, head: AnswerHead, *, echoed: str | None) -> None:
+        self._head = head
+        self._echoed = echoed
+        self._begun: set[int] = set()  # indices of the choices that had a chunk
+
+    def chunk(self, choice: Choice, delta: Delta, usage: Json | None) -> Json:
+        chunk = self._head.fields("chat.completion.chunk")
+        chunk["choices"] = [self._chunk_choice(choice, delta)]
+        if self._head.has_usage_field:
+            chunk["usage"] = usage
+        if not self._begun:
+            chunk |= self._extras(delta.prompt_logprobs)
+        self._begun.add(choice.index)
+        return chunk
+
+    def usage_chunk(self, usage: Json) -> Json:
+        return {**self._head.fields("chat.completion.chunk"), "choices": [], "usage": usage}
+
+    def body(self, choices: Sequence[tuple[Choice, Delta]], usage: Json) -> Json:
+        return {
+            **self._head.fields("chat.completion"),
+            "choices": [self._body_choice(choice, delta) for choice, delta in choices],
+            "usage": usage,
+            "prompt": [],
+            **self._extras(choices[0][1].prompt_logprobs),
+        }
+
+    def _chunk_choice(self, choice: Choice, delta: Delta) -> Json:
+        content: Json = {"content": delta.text}
+        if self._head.for_together or choice.index not in self._begun:
+            content = {"role": "assistant", "content": delta.text}
+        if self._head.for_together and delta.token_ids:
+            content["token_id"] = delta.token_ids[-1]
+        return {
+            "index": choice.index,
+            "delta": content,
+            "logprobs": chat_logprobs(delta.logprobs) if delta.logprobs else None,
+            "finish_reason": delta.finish_reason,
+            "seed": choice.request.sampling.seed,
+        }
+
+    def _body_choice(self, choice: Choice, delta: Delta) -> Json:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "logprobs": None if choice.request.sampling.logprobs is None else chat_logprobs(delta.logprobs),
+            "finish_reason": delta.finish_reason,
+            "seed": choice.request.sampling.seed,
+        }
+
+    def _extras(self, prompt_scores: Sequence[TokenScore] | None) -> Json:
+        """What stands once in an answer: in the body, or in the first chunk."""
+        extras: Json = {"warnings": self._head.warnings} if self._head.warnings else {}
+        if self._echoed is not None:
+            scores = None if prompt_scores is None else token_arrays(prompt_scores)
+            extras["prompt"] = [{"text": self._echoed, "logprobs": scores}]
+        return extras

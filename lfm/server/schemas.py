@@ -1,0 +1,215 @@
+"""The request bodies as pydantic models: types are strict, null means "not given", unknown fields are tolerated.
+
+Only what concerns HTTP is checked here. The bounds of sampling values belong to the engine's boundary, where no front
+end can get past them; what the messages mean belongs to `lfm.chat`.
+"""
+
+import re
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
+
+from lfm.chat.defaults import RequestedSampling
+from lfm.chat.messages import Message, parse_messages
+from lfm.errors import RequestError
+from lfm.protocol import MAX_PROMPTS, MAX_TOP_LOGPROBS
+
+_R = TypeVar("_R", bound=BaseModel)
+
+
+def _parse_stop(value: object) -> list[str] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    raise RequestError(f"stop={shown(value)} is not valid. Allowed: a string or an array of strings.", param="stop")
+
+
+def _parse_logprobs(value: object) -> bool | int | None:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and 0 <= value <= MAX_TOP_LOGPROBS:
+        return value
+    raise RequestError(
+        f"logprobs={shown(value)} is not valid. Allowed: true, false, or a number of alternatives from 0 to "
+        f"{MAX_TOP_LOGPROBS}.",
+        param="logprobs",
+    )
+
+
+def _parse_prompts(value: object) -> list[str | list[int]]:
+    """A text, ids, or a list of either; always returned as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if _is_ids(value):
+        return [value]  # type: ignore[list-item]  # _is_ids has looked
+    if isinstance(value, list) and value and all(isinstance(item, str) or _is_ids(item) for item in value):
+        if len(value) > MAX_PROMPTS:
+            raise RequestError(f"prompt has {len(value)} entries. Allowed: 1 to {MAX_PROMPTS}.", param="prompt")
+        return value
+    raise RequestError(
+        f"prompt={shown(value)} is not valid. Allowed: a text, an array of texts, an array of token ids, or an array "
+        "of such arrays, none of them empty.",
+        param="prompt",
+    )
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _check_logit_bias(value: dict[str, float] | None) -> dict[str, float] | None:
+    for key in value or {}:
+        if not re.fullmatch(r"[0-9]{1,9}", key):
+            raise RequestError(
+                f"logit_bias has the key {shown(key)}. Allowed: token ids, written as decimal numbers.",
+                param="logit_bias",
+            )
+    return value
+
+
+def _check_top_logprobs(value: int | None) -> int | None:
+    if value is not None and not 0 <= value <= MAX_TOP_LOGPROBS:
+        raise RequestError(
+            f"top_logprobs={value} is out of range. Allowed: 0 to {MAX_TOP_LOGPROBS}.", param="top_logprobs"
+        )
+    return value
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    include_usage: bool | None = None
+
+
+class GenerationRequest(BaseModel):
+    """What chat and completions have in common."""
+
+    model_config = ConfigDict(strict=True, frozen=True, arbitrary_types_allowed=True)
+
+    model: str
+    n: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_parse_stop)] = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[str, float] | None, AfterValidator(_check_logit_bias)] = None
+    logprobs: Annotated[bool | int | None, PlainValidator(_parse_logprobs)] = None
+    top_logprobs: Annotated[int | None, AfterValidator(_check_top_logprobs)] = None
+    echo: bool | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    context_length_exceeded_behavior: Literal["error", "truncate"] | None = None
+    user: str | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report per token, from OpenAI's pair of fields or Together's number; None: no logprobs."""
+        if self.logprobs is None or self.logprobs is False:
+            return None
+        return (self.top_logprobs or 0) if self.logprobs is True else max(self.logprobs, self.top_logprobs or 0)
+
+    @property
+    def max_tokens_field(self) -> Literal["max_tokens", "max_completion_tokens"]:
+        """The name under which the client gave its limit: errors must name that one."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def requested_sampling(self) -> RequestedSampling:
+        return RequestedSampling(
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=None if self.logit_bias is None else {int(key): bias for key, bias in self.logit_bias.items()},
+            seed=self.seed,
+            logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_logprobs if self.echo else None,
+        )
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def check_combinations(self) -> None:
+        """Raises RequestError for fields that contradict each other."""
+        if self.top_logprobs and (self.logprobs is None or self.logprobs is False):
+            raise RequestError(
+                f"top_logprobs={self.top_logprobs} needs logprobs=true. Set it, or leave top_logprobs out.",
+                param="top_logprobs",
+            )
+        if None not in (self.max_tokens, limit := self.max_completion_tokens) and self.max_tokens != limit:
+            raise RequestError(
+                f"max_tokens={self.max_tokens} and max_completion_tokens={limit} differ. Send one of them.",
+                param="max_completion_tokens",
+            )
+
+
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], PlainValidator(parse_messages)]
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions. Each prompt is a text or token ids."""
+
+    prompt: Annotated[list[str | list[int]], PlainValidator(_parse_prompts)]
+
+
+EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "int_parsing_size": "a smaller integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "literal_error": "one of {expected}",
+}
+
+
+def parse_request(kind: type[_R], body: dict[str, object]) -> _R:
+    """Validate a body. Raises RequestError that names the first wrong field, what was given and what is allowed."""
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    if first["type"] == "missing":
+        raise RequestError(f"{path} is missing. Send it.", param=path)
+    expected = EXPECTED.get(first["type"], first["msg"]).format_map(first.get("ctx", {}))
+    raise RequestError(f"{path}={shown(first['input'])} is not valid. Allowed: {expected}.", param=path)
+
+
+def shown(value: object) -> str:
+    """A value as a short piece of an error message; of arrays and objects only their kind."""
+    if isinstance(value, list):
+        return f"an array of {len(value)}"
+    if isinstance(value, dict):
+        return "an object"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

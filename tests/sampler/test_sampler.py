@@ -139,12 +139,12 @@ def test_the_only_allowed_id_is_sampled(way: int) -> None:
 
 
 def test_a_row_that_is_not_ok_fails_and_is_marked_nowhere() -> None:
-    cases = [Case(logits=[0.0, 5.0], params=params(temperature=0.0), ids=[0, 0]) for _ in range(2)]
+    cases = [Case(logits=[0.0, 5.0, 0.0], params=params(temperature=0.0), ids=[2, 2]) for _ in range(2)]
     output, rows = run(cases, ok=[False, True])
     assert output.ids_R.tolist() == [-1, 1]
     assert rows.last_ids_R[:2].tolist() == [0, 1]
     assert rows.positions_R[:2].tolist() == [2, 2]
-    assert rows.seen_RB[:2, 0].tolist() == [0b01, 0b11]
+    assert rows.seen_RB[:2, 0].tolist() == [0b100, 0b110]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -172,6 +172,24 @@ def test_a_top_k_of_the_whole_vocabulary_keeps_everything(top_k: int) -> None:
     cases = [Case(logits=logits, params=params(temperature=1.0, top_k=top_k), seed=seed) for seed in range(64)]
     off = [Case(logits=logits, params=params(temperature=1.0), seed=seed) for seed in range(64)]
     assert ids_of(cases) == ids_of(off)
+
+
+@pytest.mark.parametrize(
+    ("given", "num_kept"),
+    [
+        (params(temperature=1.0, top_k=3), 3),
+        (params(temperature=1.0, top_k=1500), 1500),
+        (params(temperature=1.0, top_k=1000, top_p=0.0035), 4),
+        (params(temperature=1.0, top_p=3.5 / 2000), 4),  # the crossing token is kept
+        (params(temperature=1.0, top_p=1e-9), 1),
+        (params(temperature=1.0, top_p=1e-9, min_p=1.0), 1),
+    ],
+)
+def test_of_equal_ids_the_filters_keep_the_lowest(given, num_kept: int) -> None:
+    cases = [Case(logits=[1.0] * 2000, params=given, seed=seed) for seed in range(100)]
+    found = set(ids_of(cases, dtype=torch.float32))
+    assert max(found) < num_kept
+    assert len(found) >= min(num_kept, 80)
 
 
 def test_padded_ids_are_never_sampled_unless_the_row_lets_them_through() -> None:

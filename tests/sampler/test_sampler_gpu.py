@@ -1,0 +1,106 @@
+"""The sampler on a CUDA device: the same ids as on a CPU, no wait for the device, and capture as a graph."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lfm.engine.sampler import sample, token_logprobs
+from lfm.engine.sampling_rows import RowStart, SamplingRows
+from lfm.kernels.random_bits import random_bits, uniform
+from lfm.kernels.top_k import top_k, top_k_ref
+from tests.sampler.batch import ids_of, params
+from tests.sampler.test_sampler import WAYS, naive_of, random_case
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def forbid_waits() -> Iterator[None]:
+    """From here on, whatever waits for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_uniforms_are_the_same_bits_on_both_devices() -> None:
+    seeds = torch.randint(-(2**62), 2**62, (64,), generator=torch.Generator().manual_seed(0))
+    positions, ids = torch.arange(64) * 1999, torch.arange(65_536)
+    on_cpu = random_bits(seeds, positions, ids)
+    on_gpu = random_bits(seeds.to(CUDA), positions.to(CUDA), ids.to(CUDA))
+    assert on_gpu.cpu().equal(on_cpu)
+    for dtype in (torch.float32, torch.float64):
+        assert uniform(on_gpu, dtype).cpu().equal(uniform(on_cpu, dtype))
+
+
+@pytest.mark.parametrize("k", [20, 64, 256, 1024])
+def test_top_k_settles_ties_by_id(k: int) -> None:
+    x = torch.randn(9, 65_536, generator=torch.Generator().manual_seed(k)).bfloat16().float()
+    values, ids = top_k(x.to(CUDA), k)
+    expected_values, expected_ids = top_k_ref(x, k)
+    assert values.cpu().equal(expected_values)
+    assert ids.cpu().equal(expected_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ids_equal_those_of_the_naive_loop_unless_a_decision_is_close(dtype: torch.dtype) -> None:
+    cases = [random_case(number, number) for number in range(64)]
+    logits = [torch.tensor(case.logits, dtype=dtype).tolist() for case in cases]
+    expected = [naive_of(case, 2900, rounded) for case, rounded in zip(cases, logits, strict=True)]
+    found = ids_of(cases, num_ids=2900, dtype=dtype, device=CUDA)
+    clear = [i for i, naive in enumerate(expected) if naive.margin > (1e-5 if dtype == torch.float32 else 1e-10)]
+    assert len(clear) > 50
+    assert [found[i] for i in clear] == [expected[i].id for i in clear]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    cases = [random_case(number, number) for number in range(48)]
+    together = ids_of(cases, dtype=dtype, device=CUDA)
+    alone = [ids_of([case], dtype=dtype, device=CUDA)[0] for case in cases]
+    assert alone == together
+    assert ids_of(cases[::-1], dtype=dtype, num_padding=5, device=CUDA)[::-1] == together
+
+
+@pytest.mark.parametrize("way", range(len(WAYS)))
+def test_neither_a_start_nor_a_sample_waits_for_the_device(way: int, forbid_waits: None) -> None:
+    rows = SamplingRows(4, 65_536, num_ids=64_400, device=CUDA)
+    logits = torch.zeros(2, 65_536, device=CUDA)
+    given = params(**{name: getattr(WAYS[way], name) for name in WAYS[way].__struct_fields__ if name != "max_tokens"})
+    for row in (0, 2):
+        rows.start(RowStart(row=row, params=given, seed=row, ids=[1, 2, 3], num_prompt=2))
+    row_R = torch.arange(0, 4, 2, device=CUDA)
+    flags = rows.flags([0, 2])._replace(num_logprobs=5)
+    for _ in range(2):
+        output = sample(rows, logits, row_R=row_R, position_R=row_R, flags=flags)
+    token_logprobs(logits, output.ids_R, num_top=5, num_ids=64_400)
+
+
+@pytest.mark.parametrize("way", [0, 1, 2, 3, 4])
+def test_a_captured_sample_repeats_with_new_logits_and_new_rows(way: int) -> None:
+    """The static case of a decode graph: same buffers, other contents."""
+    rows = SamplingRows(8, 5000, num_ids=5000, device=CUDA)
+    starts = [RowStart(row=row, params=WAYS[way], seed=row, ids=[row, 2], num_prompt=1) for row in range(8)]
+    rows.start_many(starts)
+    random = torch.Generator(CUDA).manual_seed(0)
+    static = torch.zeros(4, 5000, device=CUDA)
+    row_R, position_R = torch.arange(4, device=CUDA), torch.full((4,), 2, device=CUDA)
+    flags = rows.flags(range(8))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        sample(rows, static, row_R=row_R, position_R=position_R, flags=flags)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sample(rows, static, row_R=row_R, position_R=position_R, flags=flags)
+    for first_row in (0, 4):
+        rows.start_many(starts)
+        static.copy_(torch.randn(4, 5000, device=CUDA, generator=random))
+        row_R.copy_(torch.arange(first_row, first_row + 4))
+        graph.replay()
+        found, seen = captured.ids_R.clone(), rows.seen_RB.clone()
+        rows.start_many(starts)
+        expected = sample(rows, static, row_R=row_R, position_R=position_R, flags=flags).ids_R
+        assert found.equal(expected)
+        assert seen[:8].equal(rows.seen_RB[:8])

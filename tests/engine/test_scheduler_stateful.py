@@ -1,8 +1,8 @@
 """Scheduler and block pool under random traffic, against a fake device that answers one step late.
 
-The fake device is a function of the known ids: the next id is a hash of the whole sequence, so a wrong resume, a wrong hit
-or a lost id changes the output. It also keeps its own model of what every block holds, and refuses reads of anything
-that was not written: garbage is visible without any tensor.
+The fake device is a function of the known ids: the next id is a hash of the whole sequence, so a wrong resume, a wrong
+hit or a lost id changes the output. It also keeps its own model of what every block holds, and refuses reads of
+anything that was not written: garbage is visible without any tensor.
 """
 
 import zlib

@@ -55,7 +55,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "inv_freq" in name:
                 continue
-            if "expert_bias" in name or tensor.dim() == 1 and "norm" not in name:
+            if "expert_bias" in name or (tensor.dim() == 1 and "norm" not in name):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
             elif "norm" in name:
                 tensor.copy_(1 + torch.randn(tensor.shape, generator=generator) * 0.2)
@@ -82,7 +82,7 @@ def to_ours(reference: torch.nn.Module) -> Lfm2:
     """The same weights in our module (transformers' in-memory names are ours)."""
     config = ModelConfig.from_dict(reference.config.to_dict())
     model = Lfm2(config)
-    state = {name: tensor for name, tensor in reference.state_dict().items()}
+    state = dict(reference.state_dict())
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     model.load_state_dict(state)

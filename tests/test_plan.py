@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import pytest
 
 from lfm.config import EngineConfig, EnginePlan, ModelConfig
+from lfm.engine.fit import fits_on
 from lfm.engine.machine import Gpu, Machine, probe_machine
 from lfm.engine.plan import plan_engine
 from lfm.errors import LfmError, MachineError, UsageError
@@ -194,6 +195,24 @@ def test_a_small_named_pool_bounds_the_context_that_is_left_open() -> None:
 def test_a_context_beyond_the_model_s_positions_is_wrong_usage() -> None:
     with pytest.raises(UsageError, match="--max-model-len 40000 is beyond the model's 32768 positions"):
         plan(machine=cpu_machine(), config=EngineConfig(max_model_len=40_000))
+
+
+def test_more_sequences_than_a_device_may_run_are_wrong_usage() -> None:
+    config = EngineConfig(max_running=65)
+    with pytest.raises(UsageError, match=r"--max-running 65 is out of range on cpu. Allowed: 1 to 64"):
+        plan(machine=cpu_machine(), config=config)
+    assert plan(machine=gpu_machine(), config=config).max_running == 65
+
+
+def test_what_fits_is_listed_for_every_device_and_precision() -> None:
+    fits = {(fit.device, fit.dtype): fit for fit in fits_on(LFM2_24B, gpu_machine(), memory_fraction=0.95)}
+    assert list(fits) == [("cuda:0", "bfloat16"), ("cuda:0", "float32"), ("cpu", "bfloat16"), ("cpu", "float32")]
+    on_gpu = fits["cuda:0", "bfloat16"]
+    per_sequence = block_bytes(LFM2_24B, block_size=128, dtype="bfloat16") * (32_768 // 128 + 1)
+    assert on_gpu.num_sequences(32_768) == on_gpu.cache_bytes // per_sequence > 100
+    assert on_gpu.num_sequences(128) == 1024  # no more may run, however much fits
+    assert fits["cpu", "float32"].cache_bytes < 0
+    assert fits["cpu", "float32"].num_sequences(128) == 0
 
 
 def test_a_short_model_is_served_at_its_own_length() -> None:

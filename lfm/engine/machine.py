@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from lfm.model.sizes import format_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
@@ -27,6 +29,37 @@ class Machine:
     cpu_available_bytes: int
     cpu_count: int
     cuda_note: str = "torch sees no CUDA device"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A device, and how many bytes of it an engine may take; `had` says that in words, for messages."""
+
+    device: str
+    budget_bytes: int
+    had: str
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device != "cpu"
+
+
+def cpu_place(machine: Machine, *, memory_fraction: float) -> Place:
+    """`memory_fraction` of the memory that is available now."""
+    available = machine.cpu_available_bytes
+    budget = round(memory_fraction * available)
+    had = f"the CPU can give {format_bytes(budget)} ({memory_fraction:.0%} of {format_bytes(available)} available)"
+    return Place(device="cpu", budget_bytes=budget, had=had)
+
+
+def gpu_place(machine: Machine, *, index: int, memory_fraction: float) -> Place:
+    """What is free of a GPU, but for the share that `memory_fraction` of the whole leaves to others."""
+    gpu = machine.cuda_devices[index]
+    budget = max(0, gpu.free_bytes - round((1 - memory_fraction) * gpu.total_bytes))
+    free, total = format_bytes(gpu.free_bytes), format_bytes(gpu.total_bytes)
+    stays = f"{1 - memory_fraction:.0%} stay free"
+    had = f"cuda:{index} can give {format_bytes(budget)} (of {total}, {free} are free, {stays})"
+    return Place(device=f"cuda:{index}", budget_bytes=budget, had=had)
 
 
 def probe_machine() -> Machine:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lfm.config import PRODUCT_CONTEXT, EngineConfig, EnginePlan, ModelConfig
-from lfm.engine.machine import Machine, probe_machine
+from lfm.engine.machine import Machine, Place, cpu_place, gpu_place, probe_machine
 from lfm.errors import LfmError, MachineError, UsageError
 from lfm.model.sizes import (
     DtypeName,
@@ -58,19 +58,6 @@ class _DoesNotFitError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
-    """The chosen device, and how many bytes of it the engine may take (`had` says that in words)."""
-
-    device: str
-    budget_bytes: int
-    had: str
-
-    @property
-    def is_gpu(self) -> bool:
-        return self.device != "cpu"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Pool:
     """What is left for the cache beside `fixed_bytes` of weights and working memory, in blocks."""
 
@@ -99,7 +86,7 @@ class _Planner:
         place = self._choose_place()
         dtype = self._choose_dtype(place)
         step_tokens, step_tokens_decoding = self._choose_step_tokens(place)
-        most_running = config.max_running or (GPU_MAX_RUNNING if place.is_gpu else CPU_MAX_RUNNING)
+        most_running = self._most_running(place)
         pool = self._measure_pool(place, dtype, step_tokens=step_tokens, most_running=most_running)
         context = self._choose_context(place, pool)
         max_running = self._choose_max_running(pool, most_running)
@@ -124,34 +111,20 @@ class _Planner:
     def _say(self, choice: str, because: str) -> None:
         self._reasons.append(f"{choice}: {because}")
 
-    def _choose_place(self) -> _Place:
-        asked = self._config.device
-        no_gpu = _why_no_gpu(self._machine)
+    def _choose_place(self) -> Place:
+        asked, machine, fraction = self._config.device, self._machine, self._config.memory_fraction
+        no_gpu = _why_no_gpu(machine)
         if asked == "cuda" and no_gpu is not None:
             raise MachineError(
                 f"--device cuda cannot be had: {no_gpu}. Use --device cpu, or a machine with a newer GPU."
             )
         if asked == "cpu" or no_gpu is not None:
-            self._say(f"device cpu, {self._machine.cpu_count} cores", no_gpu if asked == "auto" and no_gpu else "named")
-            return self._cpu()
-        self._say(f"device cuda:0, {self._machine.cuda_devices[0].name}", "named" if asked == "cuda" else "it is there")
-        return self._gpu()
+            self._say(f"device cpu, {machine.cpu_count} cores", no_gpu if asked == "auto" and no_gpu else "named")
+            return cpu_place(machine, memory_fraction=fraction)
+        self._say(f"device cuda:0, {machine.cuda_devices[0].name}", "named" if asked == "cuda" else "it is there")
+        return gpu_place(machine, index=0, memory_fraction=fraction)
 
-    def _cpu(self) -> _Place:
-        fraction, available = self._config.memory_fraction, self._machine.cpu_available_bytes
-        budget = round(fraction * available)
-        had = f"the CPU can give {format_bytes(budget)} ({fraction:.0%} of {format_bytes(available)} available)"
-        return _Place(device="cpu", budget_bytes=budget, had=had)
-
-    def _gpu(self) -> _Place:
-        fraction, gpu = self._config.memory_fraction, self._machine.cuda_devices[0]
-        # The fraction is of the whole device; what other programs hold of it has gone already.
-        budget = max(0, gpu.free_bytes - round((1 - fraction) * gpu.total_bytes))
-        free, total = format_bytes(gpu.free_bytes), format_bytes(gpu.total_bytes)
-        had = f"cuda:0 can give {format_bytes(budget)} (of {total}, {free} are free, {1 - fraction:.0%} stay free)"
-        return _Place(device="cuda:0", budget_bytes=budget, had=had)
-
-    def _choose_dtype(self, place: _Place) -> DtypeName:
+    def _choose_dtype(self, place: Place) -> DtypeName:
         if self._config.dtype != "auto":
             self._say(f"dtype {self._config.dtype}", "named")
             return self._config.dtype
@@ -165,7 +138,7 @@ class _Planner:
         self._say("dtype bfloat16", f"float32 weights, {format_bytes(in_float32)}, would take over half of the memory")
         return "bfloat16"
 
-    def _choose_step_tokens(self, place: _Place) -> tuple[int, int]:
+    def _choose_step_tokens(self, place: Place) -> tuple[int, int]:
         """Tokens per step, and tokens per step while anything decodes."""
         named = self._config.step_tokens
         if named is not None:
@@ -178,15 +151,14 @@ class _Planner:
         self._say(f"{CPU_STEP_TOKENS} tokens per step", "the default on a CPU")
         return CPU_STEP_TOKENS, CPU_STEP_TOKENS
 
-    def _choose_block_size(self, place: _Place) -> int:
-        if self._config.block_size is not None:
-            return self._config.block_size
-        if place.is_gpu:
-            return GPU_BLOCK_SIZE
-        return CPU_BLOCK_SIZE_SMALL if num_parameters(self._model) < SMALL_MODEL_PARAMETERS else CPU_BLOCK_SIZE
+    def _most_running(self, place: Place) -> int:
+        limit, named = GPU_MAX_RUNNING if place.is_gpu else CPU_MAX_RUNNING, self._config.max_running
+        if named is not None and named > limit:
+            raise UsageError(f"--max-running {named} is out of range on {place.device}. Allowed: 1 to {limit}.")
+        return named or limit
 
-    def _measure_pool(self, place: _Place, dtype: DtypeName, *, step_tokens: int, most_running: int) -> _Pool:
-        block_size = self._choose_block_size(place)
+    def _measure_pool(self, place: Place, dtype: DtypeName, *, step_tokens: int, most_running: int) -> _Pool:
+        block_size = self._config.block_size or default_block_size(self._model, place)
         weights = weight_bytes(self._model, dtype)
         work = workspace_bytes(self._model, step_tokens=step_tokens, max_running=most_running, dtype=dtype)
         per_block = block_bytes(self._model, block_size=block_size, dtype=dtype)
@@ -198,7 +170,7 @@ class _Planner:
         num_blocks = self._config.num_blocks or (place.budget_bytes - fixed) // per_block
         return _Pool(num_blocks=num_blocks, block_size=block_size, block_bytes=per_block, fixed_bytes=fixed)
 
-    def _choose_context(self, place: _Place, pool: _Pool) -> int:
+    def _choose_context(self, place: Place, pool: _Pool) -> int:
         named, limit = self._config.max_model_len, self._model.max_position_embeddings
         if named is not None and named > limit:
             raise UsageError(f"--max-model-len {named} is beyond the model's {limit} positions. Give at most {limit}.")
@@ -238,7 +210,7 @@ class _Planner:
         self._say(f"{most_running:,} sequences at once", "the default for this device")
         return most_running
 
-    def _choose_num_blocks(self, place: _Place, pool: _Pool, *, context: int, max_running: int) -> int | None:
+    def _choose_num_blocks(self, place: Place, pool: _Pool, *, context: int, max_running: int) -> int | None:
         num_blocks: int | None
         if self._config.num_blocks is not None:
             num_blocks, because = self._config.num_blocks, "named"
@@ -251,6 +223,13 @@ class _Planner:
         count = f"about {pool.num_blocks:,}" if num_blocks is None else f"{num_blocks:,}"
         self._say(f"{count} cache blocks of {pool.block_size} tokens", because)
         return num_blocks
+
+
+def default_block_size(model: ModelConfig, place: Place) -> int:
+    """Tokens per block: the conv tail of a block is worth its bytes only if the block is long."""
+    if place.is_gpu:
+        return GPU_BLOCK_SIZE
+    return CPU_BLOCK_SIZE_SMALL if num_parameters(model) < SMALL_MODEL_PARAMETERS else CPU_BLOCK_SIZE
 
 
 def _why_no_gpu(machine: Machine) -> str | None:

@@ -1,0 +1,268 @@
+"""Runs the workloads of `bench offline` and describes the results.
+
+Token ids go in and come out: no tokenizer, no HTTP, ids beyond the tokenizer allowed. `limit_share` compares with what
+the device's memory and arithmetic allow (`lfm.model.limits`); it is null for devices whose peak was not measured.
+"""
+
+import contextlib
+import json
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lfm.cli.loading import load_llm
+from lfm.cli.terminal import note
+from lfm.config import EngineConfig
+from lfm.errors import InternalError, MachineError
+from lfm.llm import LLM
+from lfm.model.limits import PEAKS, Workload, limit_seconds
+from lfm.protocol import EngineRequest, SamplingParams
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Where a result was measured; None where the machine does not tell."""
+
+    commit: str | None
+    gpu: str | None
+    driver: str | None
+    torch: str
+    triton: str | None
+
+    @classmethod
+    def of_this_machine(cls, commit: str | None) -> "Facts":
+        """`commit` stands in where there is no git checkout."""
+        has_gpu = torch.cuda.is_available()
+        return cls(
+            commit=_git_commit() or commit,
+            gpu=torch.cuda.get_device_name() if has_gpu else None,
+            driver=_run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if has_gpu else None,
+            torch=torch.__version__,
+            triton=_version_of("triton"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One workload's result. `spread` is (slowest - fastest) / median; rates are of the median run."""
+
+    workload: str
+    model: str
+    quantize: str
+    kv_dtype: str
+    dtype: str
+    commit: str | None
+    gpu: str | None
+    driver: str | None
+    torch: str
+    triton: str | None
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    sampling: str
+    runs_s: list[float]
+    spread: float
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    limit_share: float | None
+    experts_hit: float | None
+    host_ms_per_step: float | None
+
+
+def measure(config: EngineConfig, workloads: Sequence[Workload], *, num_runs: int, facts: Facts) -> Iterator[Result]:
+    """Load the model (once without and once with prefix caching, as needed) and yield each workload's result."""
+    for has_prefix in (False, True):
+        group = [workload for workload in workloads if bool(workload.shared_tokens) is has_prefix]
+        if not group:
+            continue
+        with load_llm(replace(config, prefix_caching=has_prefix)) as llm:
+            for workload in group:
+                note(f"{workload.name}: one run to warm up, {num_runs} timed")
+                yield _measure(llm, workload, config=config, num_runs=num_runs, facts=facts)
+
+
+def _measure(llm: LLM, workload: Workload, *, config: EngineConfig, num_runs: int, facts: Facts) -> Result:
+    prompts = _Prompts(workload, vocab_size=llm.source.config.vocab_size)
+    with _counted_experts(llm, workload) as counts:  # the run that warms up: counting waits for the device
+        _run_once(llm, prompts.new_requests())
+    llm.engine.host_ms.clear()
+    runs_s = [_run_once(llm, prompts.new_requests()) for _ in range(num_runs)]
+    median_s = statistics.median(runs_s)
+    input_tokens = workload.shared_tokens + workload.input_tokens
+    output_tokens = workload.requests * workload.output_tokens
+    hit = statistics.fmean(counts) if counts else None
+    return Result(
+        workload=workload.name,
+        model=llm.source.name,
+        quantize=config.quantize,
+        kv_dtype=config.kv_dtype,
+        dtype=llm.engine.info.dtype,
+        **asdict(facts),
+        requests=workload.requests,
+        input_tokens=input_tokens,
+        output_tokens=workload.output_tokens,
+        sampling="greedy",
+        runs_s=[round(seconds, 5) for seconds in runs_s],
+        spread=round((max(runs_s) - min(runs_s)) / median_s, 4),
+        output_tokens_per_s=round(output_tokens / median_s, 1),
+        total_tokens_per_s=round((workload.requests * input_tokens + output_tokens) / median_s, 1),
+        limit_share=_limit_share(llm, workload, seconds=median_s, gpu=facts.gpu, hit=hit),
+        experts_hit=None if hit is None else round(hit, 2),
+        host_ms_per_step=round(statistics.median(llm.engine.host_ms), 4) if llm.engine.host_ms else None,
+    )
+
+
+class _Prompts:
+    """New random ids for every run, so that nothing is found in a cache; the runs of two processes are the same."""
+
+    def __init__(self, workload: Workload, *, vocab_size: int) -> None:
+        self._workload = workload
+        self._vocab_size = vocab_size
+        self._random = random.Random(workload.name)
+        self._num_made = 0
+
+    def new_requests(self) -> list[EngineRequest]:
+        shared = self._ids(self._workload.shared_tokens)
+        sampling = SamplingParams(max_tokens=self._workload.output_tokens, temperature=0.0)
+        requests = []
+        for _ in range(self._workload.requests):
+            self._num_made += 1
+            requests.append(
+                EngineRequest(
+                    request_id=f"{self._workload.name}-{self._num_made}",
+                    prompt_ids=shared + self._ids(self._workload.input_tokens),
+                    sampling=sampling,
+                    mask_padded_ids=False,
+                )
+            )
+        return requests
+
+    def _ids(self, count: int) -> list[int]:
+        return self._random.choices(range(self._vocab_size), k=count)
+
+
+def _run_once(llm: LLM, requests: list[EngineRequest]) -> float:
+    """Seconds from the submission of all requests to the last token on the host."""
+    num_expected = sum(request.sampling.max_tokens for request in requests)
+    num_tokens = 0
+    start_s = time.perf_counter()
+    for events in llm.run(requests):
+        num_tokens += sum(len(event.token_ids) for event in events)
+    seconds = time.perf_counter() - start_s
+    if num_tokens != num_expected:
+        raise InternalError(f"The engine made {num_tokens} tokens where {num_expected} were asked for.")
+    return seconds
+
+
+@contextlib.contextmanager
+def _counted_experts(llm: LLM, workload: Workload) -> Iterator[list[int]]:
+    """Count the distinct experts that each MoE layer visits in each step that only decodes."""
+    runner, counts = llm.engine.runner, list[int]()
+    ops = runner.ops
+
+    def route(
+        x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor | None, *, num_chosen: int, normalise: bool, scale: float
+    ) -> Any:
+        chosen_TA, weights_TA = ops.route(
+            x_TD, gate_ED, bias_E, num_chosen=num_chosen, normalise=normalise, scale=scale
+        )
+        if len(x_TD) <= workload.requests:  # a step with a chunk of a prompt has more tokens than sequences
+            counts.append(len(set(chosen_TA.flatten().tolist())))
+        return chosen_TA, weights_TA
+
+    runner.ops = replace(ops, route=route)
+    try:
+        yield counts
+    finally:
+        runner.ops = ops
+
+
+def _limit_share(llm: LLM, workload: Workload, *, seconds: float, gpu: str | None, hit: float | None) -> float | None:
+    """The share of the best possible speed; None for a device of unknown peak or a dtype that it does not hold for."""
+    peak = PEAKS.get(gpu or "")
+    if peak is None or llm.engine.info.dtype != "bfloat16":
+        return None
+    return round(limit_seconds(llm.source.config, workload, peak, decode_experts_hit=hit) / seconds, 4)
+
+
+@contextlib.contextmanager
+def results_file(path: Path | None) -> Iterator[Callable[[Result], None]]:
+    """A function that writes a result to `path` at once, as one JSON line. Raises MachineError for a bad path."""
+
+    if path is None:
+        yield lambda result: None
+        return
+    try:
+        file = path.open("w", encoding="utf-8")  # before the model loads: a bad path should not cost minutes
+    except OSError as error:
+        raise MachineError(f"{path} cannot be written ({error.strerror}). Choose another --output.") from error
+    with file:
+
+        def write(result: Result) -> None:
+            file.write(json.dumps(asdict(result)) + "\n")
+            file.flush()
+
+        yield write
+
+
+def print_results(results: Sequence[Result]) -> None:
+    """A table for people, then one JSON line per workload for programs."""
+    table = Table(box=SIMPLE)
+    for heading in ("workload", "requests", "in", "out", "median s", "spread", "out tok/s", "total tok/s", "of limit"):
+        table.add_column(heading, justify="left" if heading == "workload" else "right", no_wrap=True)
+    for result in results:
+        share = "-" if result.limit_share is None else f"{result.limit_share:.1%}"
+        table.add_row(
+            result.workload,
+            f"{result.requests:,}",
+            f"{result.input_tokens:,}",
+            f"{result.output_tokens:,}",
+            f"{statistics.median(result.runs_s):.3f}",
+            f"{result.spread:.1%}",
+            f"{result.output_tokens_per_s:,.0f}",
+            f"{result.total_tokens_per_s:,.0f}",
+            share,
+        )
+    Console().print(table)
+    for result in results:
+        print(json.dumps(asdict(result)), flush=True)
+
+
+def _git_commit() -> str | None:
+    """The commit of this checkout, marked if it was changed since; None outside a checkout."""
+    commit = _run("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changes = _run("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}-dirty" if changes else commit
+
+
+def _run(*command: str) -> str | None:
+    """The first line that a command prints; empty if it prints nothing, None if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=True)
+    except (OSError, subprocess.SubprocessError):  # not installed, or not applicable here: the fact stays unknown
+        return None
+    return done.stdout.strip().partition("\n")[0]
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

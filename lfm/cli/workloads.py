@@ -1,0 +1,29 @@
+"""The workloads of `bench offline`, by the names that results are compared under."""
+
+from lfm.errors import UsageError
+from lfm.model.limits import Workload
+
+_ALL = (
+    Workload(name="b1", requests=1, input_tokens=128, output_tokens=512),
+    Workload(name="b8", requests=8, input_tokens=128, output_tokens=256),
+    Workload(name="b32", requests=32, input_tokens=128, output_tokens=256),
+    Workload(name="b128", requests=128, input_tokens=1024, output_tokens=256),
+    Workload(name="b1024", requests=1024, input_tokens=1024, output_tokens=512),
+    Workload(name="prefill", requests=1, input_tokens=8192, output_tokens=1),
+    Workload(name="long", requests=16, input_tokens=30_000, output_tokens=256),
+    # 256 agents with one prompt prefix: computed once, found in the cache by the others.
+    Workload(name="agents", requests=256, input_tokens=256, output_tokens=64, shared_tokens=4096),
+)
+WORKLOADS = {workload.name: workload for workload in _ALL}
+
+
+def find_workloads(names: str) -> list[Workload]:
+    """The workloads that a comma-separated list names. Raises UsageError for an unknown one."""
+    found = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        if name not in WORKLOADS:
+            raise UsageError(f"--workload {name} is not known. Allowed: {', '.join(WORKLOADS)}.")
+        found.append(WORKLOADS[name])
+    if not found:
+        raise UsageError(f"--workload names nothing. Allowed: {', '.join(WORKLOADS)}.")
+    return found

@@ -53,7 +53,8 @@ def main() -> NoReturn:
     commands = CommandPipe(sys.stdin.fileno())
     setup = _read_setup(commands)
     follow_parent(setup.parent_pid)
-    logging.basicConfig(level=setup.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("lfm").setLevel(setup.log_level)
     faulthandler.enable()
     faulthandler.register(STACK_DUMP_SIGNAL)  # the supervisor asks for it before it kills a stuck engine
     try:

@@ -9,12 +9,19 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from lfm.engine.wire import MAX_EVENT_FRAME_BYTES, FromEngine, Goodbye, Hello, Lost, engine_frame_decoder
+from lfm.engine.wire import (
+    MAX_EVENT_FRAME_BYTES,
+    MAX_UNREAD_MESSAGES,
+    FromEngine,
+    Goodbye,
+    Hello,
+    Lost,
+    engine_frame_decoder,
+)
 
 logger = logging.getLogger(__name__)
 
 LINGER_MS = 200  # how long a goodbye may take to leave
-MAX_UNREAD_MESSAGES = 4096
 
 
 class EngineConnection:

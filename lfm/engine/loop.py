@@ -17,6 +17,7 @@ import msgspec
 import zmq
 
 from lfm.engine.wire import (
+    MAX_UNREAD_MESSAGES,
     Abort,
     Add,
     Events,
@@ -34,7 +35,6 @@ from lfm.protocol import EngineInfo, EngineRequest, EngineStats, ErrorInfo, Toke
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGES_PER_STEP = 256  # a flood of messages delays a step by a few ms at most
-MAX_UNREAD_MESSAGES = 4096  # per client; at 100 steps/s a client may fall 40 s behind
 STATS_INTERVAL_S = 0.25  # for clients that none of the step's events concern
 BARREN_STEPS = 2  # so many steps in a row without progress, and the loop waits a moment for messages
 CLOSE_LINGER_MS = 2000  # the last events may take that long to leave

@@ -117,6 +117,7 @@ class EngineProcess:
             self._heartbeat.close()
             assert self._process.stdin is not None
             self._process.stdin.close()
+            await asyncio.wait({self._stderr_pump}, timeout=LAST_WORDS_S)
             self._stderr_pump.cancel()
             await asyncio.gather(self._stderr_pump, return_exceptions=True)
 
@@ -135,6 +136,8 @@ class EngineProcess:
         code = self._process.returncode
         if code is None:
             cause = "the engine process closed its report pipe and did not exit"
+        elif code == -signal.SIGKILL:
+            cause = "the engine process was killed by SIGKILL, which is what the system does when memory runs out"
         elif code < 0:
             cause = f"the engine process was killed by {signal.Signals(-code).name}"
         else:

@@ -34,6 +34,8 @@ MAX_REQUEST_FRAME_BYTES = 16 * 1024 * 1024
 # 1,048,576 prompt positions with 20 logprobs each take some 350 MB.
 MAX_EVENT_FRAME_BYTES = 1024 * 1024 * 1024
 
+# What may wait for a client in each process, one message per step: at 100 steps/s it may fall 40 s behind.
+MAX_UNREAD_MESSAGES = 4096
 MAX_CAUSE_CHARS = 500  # of an exception that is not ours
 
 

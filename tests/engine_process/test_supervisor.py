@@ -18,7 +18,7 @@ from lfm.engine.supervisor import RestartPolicy, make_socket_directory
 from lfm.errors import InternalError, LfmError, MachineError, ModelError, OverloadedError
 from lfm.protocol import TokenEvent
 from tests.engine_process.fakes import DIE, DIE_ONCE, HANG, RAISE, WAIT
-from tests.engine_process.support import eventually, read_all, request, run, supervised, wait_until
+from tests.engine_process.support import eventually, read_all, request, run, socket_directory, supervised, wait_until
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,14 +40,16 @@ def cpu_seconds(pid: int) -> float:
 
 @contextlib.contextmanager
 def helper(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """tests/engine_process/owner.py in a process (group) of its own."""
+    """tests/engine_process/owner.py in a process of its own."""
     command = [sys.executable, "-m", "tests.engine_process.owner", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    with socket_directory() as directory:  # a killed owner cannot tidy up
+        environment = {**os.environ, "TMPDIR": str(directory)}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
 
 
 def the_error(event: TokenEvent) -> str | None:
@@ -57,7 +59,7 @@ def the_error(event: TokenEvent) -> str | None:
 
 def test_kill_9_fails_running_streams_turns_not_ready_and_restarts() -> None:
     async def scenario() -> None:
-        async with supervised("fake:slow", restart=RestartPolicy(first_delay_s=0.5)) as (supervisor, client):
+        async with supervised("fake:slow", restart=RestartPolicy(first_delay_s=1.0)) as (supervisor, client):
             info = await supervisor.wait_ready()
             await client.wait_ready()
             assert (client.info, client.not_ready_reason) == (info, None)
@@ -71,7 +73,7 @@ def test_kill_9_fails_running_streams_turns_not_ready_and_restarts() -> None:
             assert the_error(event) == "engine_died"
             assert time.monotonic() - killed_at < 2.0
             assert client.not_ready_reason is not None
-            assert "restarts in 0.5 s" in client.not_ready_reason
+            assert "restarts in 1 s" in client.not_ready_reason
             with pytest.raises(OverloadedError) as caught:
                 await client.submit([request("b")])
             assert caught.value.retry_after_s > 0
@@ -162,7 +164,7 @@ def test_a_stopped_engine_is_noticed_in_time_and_replaced() -> None:
 def test_a_load_longer_than_the_stuck_time_is_not_stuck() -> None:
     async def scenario() -> None:
         phases: list[str] = []
-        async with supervised("fake:load=1.0", stuck_seconds=0.2, on_phase=phases.append) as (supervisor, client):
+        async with supervised("fake:load=1.5", stuck_seconds=0.5, on_phase=phases.append) as (supervisor, client):
             await eventually(lambda: client.not_ready_reason == "reading fake weights")
             await supervisor.wait_ready()
             await client.wait_ready()
@@ -184,6 +186,25 @@ def test_too_many_failures_are_the_end_with_the_last_cause() -> None:
             await eventually(lambda: client.not_ready_reason == "the engine cannot run")
 
     run(scenario())
+
+
+def test_failures_far_apart_are_not_too_many() -> None:
+    async def scenario() -> None:
+        restart = RestartPolicy(max_failures=2, window_s=0.2, first_delay_s=0.3)
+        async with supervised(restart=restart) as (supervisor, client):
+            for _ in range(3):
+                await client.wait_ready()
+                pid = supervisor.engine_pid
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+                await eventually(lambda pid=pid: supervisor.engine_pid not in (None, pid))  # type: ignore[misc]
+
+    run(scenario())
+
+
+def test_restart_delays_double_up_to_a_limit() -> None:
+    delays_s = [RestartPolicy().delay_s(number) for number in range(1, 9)]
+    assert delays_s == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
 
 
 def test_giving_up_ends_waiting_requests() -> None:

@@ -40,6 +40,9 @@ class AnswerHead:
 class AnswerShape(Protocol):
     """The JSON of one API family. `usage` is set where the answer must carry it."""
 
+    def opening(self, choices: Sequence[Choice]) -> list[Json]:
+        """The events in front of the first delta."""
+
     def chunk(self, choice: Choice, delta: Delta, usage: Json | None) -> Json:
         """The event for one delta of one choice."""
 
@@ -86,19 +89,21 @@ async def send_events(
     """Stream the deltas. While a slow socket holds up the writer, later events pile up and leave as one chunk."""
     writer = EventWriter(send, record)
     await writer.start()
+    opening = shape.opening(generation.choices)
     while (news := await generation.next_deltas(timeout_s=keepalive_s)) != []:
         if news is None:
             await writer.keep_alive()
             continue
         last_usage = usage_of(generation) if generation.is_finished and head.for_together else None
         last_choice = news[-1][0]
-        await writer.send(
-            [
-                shape.chunk(choice, delta, last_usage if choice is last_choice else None)
-                for choice, delta in news
-                if _is_worth_sending(delta)
-            ]
-        )
+        chunks = [
+            shape.chunk(choice, delta, last_usage if choice is last_choice else None)
+            for choice, delta in news
+            if _is_worth_sending(delta)
+        ]
+        if chunks:
+            await writer.send(opening + chunks)
+            opening = []
     if head.includes_usage:
         await writer.send([shape.usage_chunk(usage_of(generation))])
     await generation.aclose()

@@ -37,16 +37,20 @@ class ChatShape:
     def __init__(self, head: AnswerHead, *, echoed: str | None) -> None:
         self._head = head
         self._echoed = echoed
-        self._begun: set[int] = set()  # indices of the choices that had a chunk
+        self._has_begun = False
+
+    def opening(self, choices: Sequence[Choice]) -> list[Json]:
+        """OpenAI's clients get the roles in front: its stream helper wants the choices to appear in their order."""
+        if self._head.for_together:
+            return []
+        return [self._chunk(self._chunk_choice(choice, Delta(), {"role": "assistant"}), None) for choice in choices]
 
     def chunk(self, choice: Choice, delta: Delta, usage: Json | None) -> Json:
-        chunk = self._head.fields("chat.completion.chunk")
-        chunk["choices"] = [self._chunk_choice(choice, delta)]
-        if self._head.has_usage_field:
-            chunk["usage"] = usage
-        if not self._begun:
+        role = {"role": "assistant"} if self._head.for_together else {}
+        chunk = self._chunk(self._chunk_choice(choice, delta, role), usage)
+        if not self._has_begun:
+            self._has_begun = True
             chunk |= self._extras(delta.prompt_logprobs)
-        self._begun.add(choice.index)
         return chunk
 
     def usage_chunk(self, usage: Json) -> Json:
@@ -61,10 +65,14 @@ class ChatShape:
             **self._extras(choices[0][1].prompt_logprobs),
         }
 
-    def _chunk_choice(self, choice: Choice, delta: Delta) -> Json:
-        content: Json = {"content": delta.text}
-        if self._head.for_together or choice.index not in self._begun:
-            content = {"role": "assistant", "content": delta.text}
+    def _chunk(self, choice: Json, usage: Json | None) -> Json:
+        chunk: Json = {**self._head.fields("chat.completion.chunk"), "choices": [choice]}
+        if self._head.has_usage_field:
+            chunk["usage"] = usage
+        return chunk
+
+    def _chunk_choice(self, choice: Choice, delta: Delta, role: dict[str, str]) -> Json:
+        content: Json = {**role, "content": delta.text}
         if self._head.for_together and delta.token_ids:
             content["token_id"] = delta.token_ids[-1]
         return {

@@ -57,6 +57,9 @@ class CompletionShape:
         self._special_ids = special_ids
         self._text_offsets: dict[int, int] = {}  # characters sent so far, by choice that had a chunk
 
+    def opening(self, choices: Sequence[Choice]) -> list[Json]:
+        return []
+
     def chunk(self, choice: Choice, delta: Delta, usage: Json | None) -> Json:
         has_begun = bool(self._text_offsets)
         chunk = self._head.fields(self._chunk_kind)

@@ -33,8 +33,7 @@ class EventWriter:
         await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS})
 
     async def send(self, payloads: Sequence[object]) -> None:
-        if payloads:
-            await self._write(b"".join(map(data_event, payloads)))
+        await self._write(b"".join(map(data_event, payloads)))
 
     async def keep_alive(self) -> None:
         await self._write(KEEP_ALIVE)

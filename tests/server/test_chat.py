@@ -64,7 +64,7 @@ def test_stream_is_the_whole_answer_in_pieces(client: AppClient) -> None:
     assert texts_of(events) == "Hello!"
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
     assert len({event["id"] for event in events}) == 1
-    assert [event["choices"][0]["finish_reason"] for event in events] == [None] * 6 + ["stop"]
+    assert [event["choices"][0]["finish_reason"] for event in events] == [None] * 7 + ["stop"]
     assert {event["choices"][0]["seed"] for event in events} == {3}
     assert not any("usage" in event for event in events)
 
@@ -72,7 +72,7 @@ def test_stream_is_the_whole_answer_in_pieces(client: AppClient) -> None:
 def test_role_comes_once_for_openai_and_in_every_chunk_for_together(client: AppClient) -> None:
     """openai's stream helper joins the strings of all deltas: a second role would make "assistantassistant"."""
     for_openai = events_of(client.chat(stream=True))
-    assert [event["choices"][0]["delta"].get("role") for event in for_openai] == ["assistant"] + [None] * 6
+    assert [event["choices"][0]["delta"].get("role") for event in for_openai] == ["assistant"] + [None] * 7
     for_together = events_of(client.post(CHAT_PATH, chat_body(stream=True), headers=TOGETHER))
     assert {event["choices"][0]["delta"]["role"] for event in for_together} == {"assistant"}
     token_ids = [event["choices"][0]["delta"]["token_id"] for event in for_together]
@@ -105,13 +105,15 @@ def test_n_choices_share_a_prompt_and_have_successive_seeds(client: AppClient) -
     assert answer["usage"]["completion_tokens"] == 21
 
 
-def test_streamed_choices_each_have_a_role_and_an_end(client: AppClient) -> None:
-    events = events_of(client.chat(stream=True, n=2))
-    for index in range(2):
+def test_streamed_choices_begin_in_their_order_and_each_ends(client: AppClient) -> None:
+    """openai's stream helper appends a choice that it has not seen, whatever its index says."""
+    events = events_of(client.chat(stream=True, n=3))
+    assert [event["choices"][0]["index"] for event in events[:3]] == [0, 1, 2]
+    assert {event["choices"][0]["delta"]["role"] for event in events[:3]} == {"assistant"}
+    for index in range(3):
         assert texts_of(events, index=index) == "Hello!"
-        choices = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
-        assert choices[0]["delta"]["role"] == "assistant"
-        assert choices[-1]["finish_reason"] == "stop"
+        ends = [event["choices"][0]["finish_reason"] for event in events if event["choices"][0]["index"] == index]
+        assert ends == [None] * 7 + ["stop"]
 
 
 def test_stop_string_ends_the_answer_and_aborts_the_sequence(client: AppClient) -> None:
@@ -224,7 +226,7 @@ def test_logprobs_have_both_shapes_in_one_object(client: AppClient) -> None:
 
 def test_streamed_logprobs_are_those_of_the_chunk(client: AppClient) -> None:
     events = events_of(client.chat(stream=True, logprobs=1))
-    tokens = [token for event in events for token in event["choices"][0]["logprobs"]["tokens"]]
+    tokens = [token for event in events[1:] for token in event["choices"][0]["logprobs"]["tokens"]]
     assert tokens == [*"Hello!", "<|im_end|>"]
 
 
@@ -237,7 +239,7 @@ def test_echo_tells_the_prompt_and_its_logprobs(client: AppClient) -> None:
     assert "".join(prompt["logprobs"]["tokens"]) == text
     assert prompt["logprobs"]["token_logprobs"][:2] == [None, -0.5]
     assert client.backend.requests[-1].sampling.prompt_logprobs == 1
-    first, *others = events_of(client.chat(echo=True, logprobs=1, stream=True))
+    _, first, *others = events_of(client.chat(echo=True, logprobs=1, stream=True))
     assert first["prompt"] == [prompt]
     assert not any("prompt" in event for event in others)
 
@@ -245,7 +247,7 @@ def test_echo_tells_the_prompt_and_its_logprobs(client: AppClient) -> None:
 def test_half_a_character_is_never_sent() -> None:
     client = AppClient(FakeBackend("a\u20ac\U0001f600"))
     events = events_of(client.chat(stream=True))
-    assert [event["choices"][0]["delta"]["content"] for event in events] == ["a", "\u20ac", "\U0001f600", ""]
+    assert [event["choices"][0]["delta"]["content"] for event in events] == ["", "a", "\u20ac", "\U0001f600", ""]
 
 
 def test_past_turns_and_parts_reach_the_prompt(client: AppClient) -> None:
@@ -270,7 +272,7 @@ def test_fields_without_effect_get_a_warning(client: AppClient) -> None:
     answer = client.chat(reasoning_effort="high", store=True, service_tier="auto").json()
     assert [warning["message"].partition(" ")[0] for warning in answer["warnings"]] == ["reasoning_effort", "store"]
     events = events_of(client.chat(reasoning_effort="high", stream=True))
-    assert ["warnings" in event for event in events] == [True] + [False] * (len(events) - 1)
+    assert ["warnings" in event for event in events] == [False, True] + [False] * (len(events) - 2)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/v1/chat/completions", "/chat/completions"])

@@ -186,8 +186,8 @@ def test_deltas_that_wait_for_a_slow_socket_leave_as_one_event() -> None:
         assert len(call.sent) == 2
         call.is_writable.set()
         await task
-        contents = [body["body"].count(b"data: ") for body in call.sent[1:]]
-        assert contents == [1, 1, 1, 1]  # "a", "b", all that waited, and [DONE]
+        num_events = [message["body"].count(b"data: ") for message in call.sent[1:]]
+        assert num_events == [2, 1, 1, 1]  # the role and "a", "b", all that waited, [DONE]
         assert b'"content":"cdefghij"' in call.sent[3]["body"]
 
     run(scenario())

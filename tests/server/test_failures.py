@@ -82,7 +82,7 @@ def test_a_bug_in_a_stream_is_an_error_event(caplog: pytest.LogCaptureFixture) -
     response = raises(KeyError(SECRET)).chat(stream=True)
     assert response.status_code == 200
     *chunks, last = events_of(response)
-    assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks] == ["H", "e"]
+    assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks] == ["", "H", "e"]
     assert list(last) == ["error"]
     assert last["error"]["code"] == "internal_error"
     assert SECRET not in response.text

@@ -64,7 +64,7 @@ def test_answers_and_streams_over_a_socket() -> None:
     with serving(FakeBackend()) as server:
         assert post(server).json()["choices"][0]["message"]["content"] == "Hello!"
         response = post(server, stream=True)
-        assert len(events_of(response)) == 7
+        assert len(events_of(response)) == 8
         assert "server" not in response.headers
 
 

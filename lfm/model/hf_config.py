@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _MAX_SIZE = 2**24  # of any dimension or count: far above every real model, far below what would hang a loop
-_MAX_LAYERS = 4096
+_MAX_LAYERS = _MAX_EXPERTS = 1024  # each expert of each layer has names of its own
 
 # Keys that change nothing in the maths of inference. Any other key that is not read gets a warning.
 _IGNORED_KEYS = {
@@ -294,8 +294,8 @@ def _moe_widths(fields: _Fields) -> dict[str, Any]:
         "intermediate_size": fields.size("intermediate_size"),
         "moe_intermediate_size": fields.size("moe_intermediate_size"),
         "num_dense_layers": fields.size("num_dense_layers", low=0),
-        "num_experts": fields.size("num_experts"),
-        "num_experts_per_tok": fields.size("num_experts_per_tok"),
+        "num_experts": fields.size("num_experts", high=_MAX_EXPERTS),
+        "num_experts_per_tok": fields.size("num_experts_per_tok", high=_MAX_EXPERTS),
         "use_expert_bias": fields.flag("use_expert_bias", default=True),
         "norm_topk_prob": fields.flag("norm_topk_prob", default=True),
         "routed_scaling_factor": fields.number("routed_scaling_factor", default=1.0),

@@ -218,6 +218,7 @@ def _fetch_blob(file: _RemoteFile, snapshot: _Snapshot, progress: Progress, paus
             if num_failures > len(_RETRY_PAUSES_S):
                 raise
             pause(_RETRY_PAUSES_S[num_failures - 1])
+    progress.note(f"checking {file.name}")
     if _SHA256.fullmatch(file.blob) and _sha256(partial) != file.blob:
         partial.unlink()
         raise MachineError(

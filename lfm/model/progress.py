@@ -44,6 +44,10 @@ class Progress:
             self._shown_s = now
             self._on_progress(self._line())
 
+    def note(self, text: str) -> None:
+        """Say what is going on while no bytes are moved."""
+        self._on_progress(f"{self._label}: {text}")
+
     def finish(self) -> None:
         """Show the last line, whenever the one before was shown."""
         self._on_progress(self._line())

@@ -233,7 +233,8 @@ def _read_tensor(job: _ReadJob, fd: int, staging: Tensor) -> None:
         part = flat[start : start + step]
         raw = staging[: part.numel() * source.itemsize]
         _read_exactly(fd, _memory(raw), job.entry, start * source.itemsize)
-        part.copy_(raw.view(source))  # returns when the staging buffer may be written again
+        # `to` returns when the staging buffer may be written again; the device then converts far faster than the host.
+        part.copy_(raw.view(source).to(part.device))
 
 
 def _read_exactly(fd: int, memory: memoryview, entry: TensorEntry, start: int) -> None:

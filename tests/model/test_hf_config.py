@@ -275,6 +275,7 @@ def test_all_wrong_values_are_listed_at_once() -> None:
         ("vocab_size", 10**30),
         ("vocab_size", 65536.0),
         ("num_hidden_layers", 10**9),
+        ("num_experts", 10**6),
         ("hidden_size", -1),
         ("norm_eps", float("nan")),
         ("norm_eps", float("inf")),

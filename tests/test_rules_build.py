@@ -15,8 +15,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE_OF = {"pyzmq": "zmq", "prometheus-client": "prometheus_client"}  # where the names differ
-# Used by name, never imported: uvicorn's parser and event loop, and the arrays behind Tensor.numpy().
-NEVER_IMPORTED = {"httptools", "uvloop", "numpy"}
+NEVER_IMPORTED = {"httptools"}  # uvicorn's parser, which uvicorn imports
 
 
 def pyproject() -> dict[str, Any]:

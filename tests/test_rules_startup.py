@@ -46,7 +46,7 @@ def modules_under(*parts: str) -> list[str]:
     [
         pytest.param(["chat"], id="chat"),
         pytest.param(["server"], id="server"),
-        pytest.param(["cli"], id="cli"),
+        pytest.param(["cli/app.py", "cli/serve.py", "cli/service.py", "cli/api_process.py"], id="serve-command"),
         pytest.param(["engine/scheduler.py", "engine/cache.py"], id="scheduler-and-cache"),
         pytest.param(["engine/process.py", "engine/client.py"], id="engine-client"),
         pytest.param(["__init__.py", "config.py", "errors.py", "protocol.py"], id="foundations"),

@@ -3,7 +3,7 @@
 LfmError                     show the message, not the traceback
 +-- UsageError               exit 2: a flag, a value or a combination that cannot work
 +-- MachineError             exit 3: the machine lacks something (memory, disk, port, GPU, network)
-+-- ModelError               exit 2: a model folder that cannot be loaded (missing shard, corrupt header, wrong architecture)
++-- ModelError               exit 2: a model folder that cannot be loaded (missing shard, corrupt header, other model)
 +-- InternalError            exit 1, HTTP 500: our fault
 +-- RequestError             HTTP 400: one request is wrong; carries `param` and `code`
     +-- NotFoundError        HTTP 404: unknown model or path
@@ -64,7 +64,7 @@ class NotFoundError(RequestError):
 
 
 class OverloadedError(RequestError):
-    """The queue is full, or the server is loading or draining. `retry_after_s` is our estimate of the wait in seconds."""
+    """The queue is full, or the server is loading or draining. `retry_after_s` is our estimate of the wait."""
 
     exit_code = 1
     status = 503

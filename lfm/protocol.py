@@ -32,7 +32,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """How one sequence is sampled. Neutral by default; model-recommended values come from `lfm.chat.defaults`.
 
     top_k 0 means off. `logprobs` is the number of top alternatives to report besides the chosen token (None: report
-    nothing). `prompt_logprobs` asks the same for every prompt token. `seed` None is replaced by a random one at admission.
+    nothing). `prompt_logprobs` asks the same for every prompt token. `seed` None: a random one, made at admission.
     """
 
     max_tokens: int
@@ -90,7 +90,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one step did for one sequence. Exactly one event of a request is terminal: it has a `finish_reason`.
 
     The first event of an accepted request has `is_accepted` and no tokens; a refused one gets only its terminal error.
-    `token_ids` are the new output ids (a sampled stop token included, last). `num_cached_tokens` is set with the first token.
+    `token_ids` are the new output ids (a sampled stop token included, last). `num_cached_tokens` comes with the first
+    token.
     """
 
     request_id: str

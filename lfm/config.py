@@ -52,22 +52,29 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.model_type not in ARCHITECTURES:
-            raise ModelError(f"model_type={self.model_type!r} is not an LFM2 model. Allowed: {', '.join(ARCHITECTURES)}.")
+            raise ModelError(
+                f"model_type={self.model_type!r} is not an LFM2 model. Allowed: {', '.join(ARCHITECTURES)}."
+            )
         if len(self.layer_types) != self.num_hidden_layers:
-            raise ModelError(f"layer_types has {len(self.layer_types)} entries for num_hidden_layers={self.num_hidden_layers}.")
+            raise ModelError(
+                f"layer_types has {len(self.layer_types)} entries for num_hidden_layers={self.num_hidden_layers}."
+            )
         for kind in self.layer_types:
             if kind not in ("conv", "full_attention"):
                 raise ModelError(f"layer_types names {kind!r}. Allowed: conv, full_attention.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelError(
-                f"num_attention_heads={self.num_attention_heads} is no multiple of num_key_value_heads={self.num_key_value_heads}."
+                f"num_attention_heads={self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}."
             )
         if self.head_dim % 2:
             raise ModelError(f"head_dim={self.head_dim} is odd; rotary embeddings need pairs.")
         if self.conv_L_cache < 1:
             raise ModelError(f"conv_L_cache={self.conv_L_cache} must be at least 1.")
         if self.num_moe_layers and not 0 < self.num_experts_per_tok <= self.num_experts:
-            raise ModelError(f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1..num_experts={self.num_experts}.")
+            raise ModelError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1..num_experts={self.num_experts}."
+            )
 
     @property
     def num_moe_layers(self) -> int:
@@ -89,7 +96,9 @@ class ModelConfig:
         """Read `config.json` of a model folder. Raises ModelError with the cause and the fix."""
         path = folder / "config.json"
         if not path.is_file():
-            raise ModelError(f"{folder} has no config.json. Give a folder in Hugging Face layout, a hub id or random:PRESET.")
+            raise ModelError(
+                f"{folder} has no config.json. Give a folder in Hugging Face layout, a hub id or random:PRESET."
+            )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -218,5 +227,7 @@ class ServerConfig:
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
     def __repr__(self) -> str:
-        shown = ((f.name, "***" if f.name == "api_key" and self.api_key else getattr(self, f.name)) for f in fields(self))
+        shown = (
+            (f.name, "***" if f.name == "api_key" and self.api_key else getattr(self, f.name)) for f in fields(self)
+        )
         return f"ServerConfig({', '.join(f'{name}={value!r}' for name, value in shown)})"

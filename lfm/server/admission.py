@@ -8,7 +8,7 @@ from lfm.chat.completion import requests_for
 from lfm.chat.defaults import resolve_sampling
 from lfm.chat.tokenizer import Tokenizer
 from lfm.errors import NotFoundError, RequestError
-from lfm.protocol import EngineRequest
+from lfm.protocol import EngineInfo, EngineRequest
 from lfm.server.generation import Generation
 from lfm.server.schemas import GenerationRequest
 from lfm.server.state import AppState
@@ -71,7 +71,7 @@ def make_requests(
         sampling = resolve_sampling(
             request.requested_sampling(),
             defaults=state.defaults,
-            max_tokens=_max_tokens(request, len(prompt_ids), info.max_model_len),
+            max_tokens=_max_tokens(request, len(prompt_ids), info),
             stop_token_ids=stop_token_ids,
         )
         engine_requests += requests_for(
@@ -80,12 +80,13 @@ def make_requests(
     return engine_requests
 
 
-def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, max_model_len: int) -> int:
-    """What the client asked for; all that is left of the context if it named nothing.
+def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, info: EngineInfo) -> int:
+    """What the client asked for; all that is left of the context and the cache if it named nothing.
 
     A prompt that fills the context leaves nothing; asking for one token lets the engine refuse it with the numbers.
     """
-    left = max(1, max_model_len - num_prompt_tokens)
+    num_cache_tokens = info.num_blocks * info.block_size + 1  # the last id is never computed
+    left = max(1, min(info.max_model_len, num_cache_tokens) - num_prompt_tokens)
     if request.token_limit is None:
         return left
     is_clamped = request.context_length_exceeded_behavior == "truncate"
@@ -97,8 +98,8 @@ async def open_generation(generation: Generation, request: GenerationRequest, *,
     try:
         await generation.open()
     except RequestError as error:
-        names = {"max_tokens": request.max_tokens_field, "prompt": prompt_field}
+        names = {"max_tokens": request.max_tokens_field, "prompt": prompt_field, "messages": prompt_field}
         if error.param in names:
-            error.message = error.message.replace(f"{error.param}=", f"{names[error.param]}=")
+            error.message = error.message.replace("max_tokens", request.max_tokens_field)
             error.param = names[error.param]
         raise

@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from lfm.chat.defaults import SamplingDefaults
 from lfm.chat.tokenizer import Tokenizer
 from lfm.config import ModelConfig, ServerConfig
+from lfm.engine.validate import validate
 from lfm.errors import LfmError, OverloadedError
 from lfm.protocol import EngineInfo, EngineRequest, EngineStats, TokenEvent, TokenLogprob
 from lfm.server.app import create_app
@@ -42,12 +43,14 @@ EOS = TOKENIZER.special.im_end
 CHAT_PATH = "/v1/chat/completions"
 
 
-def engine_info(*, max_queue: int = 4096, max_running: int = 8) -> EngineInfo:
+def engine_info(
+    *, max_queue: int = 4096, max_running: int = 8, num_blocks: int = 1000, max_model_len: int = MAX_MODEL_LEN
+) -> EngineInfo:
     return EngineInfo(
         model_type="lfm2",
         vocab_size=512,
-        max_model_len=MAX_MODEL_LEN,
-        num_blocks=100,
+        max_model_len=max_model_len,
+        num_blocks=num_blocks,
         block_size=16,
         max_running=max_running,
         max_queue=max_queue,
@@ -138,7 +141,10 @@ def prompt_scores(request: EngineRequest) -> list[TokenLogprob | None]:
 
 
 class FakeBackend:
-    """Answers every sequence with `text` and an EOS. `refusal` is raised by submits; `is_held` stops all output."""
+    """Checks sequences as the engine does, then answers each with `text` and an EOS.
+
+    `refusal` is raised by submits; `is_held` stops all output.
+    """
 
     def __init__(self, text: str = "Hello!", *, info: EngineInfo | None = None) -> None:
         self.text = text
@@ -150,6 +156,7 @@ class FakeBackend:
         self.num_cached_tokens = 0
         self.num_reads = 0
         self.streams: list[FakeStream] = []
+        self.requests: list[EngineRequest] = []  # every sequence that was submitted and not refused
         self.aborted: list[str] = []
         self.num_cancelled_submits = 0
         self.engine_stats = EngineStats(num_running=2, num_blocks=100, num_blocks_used=25, prompt_tokens=7)
@@ -173,6 +180,16 @@ class FakeBackend:
     async def submit(self, requests: Sequence[EngineRequest]) -> FakeStream:
         if self.refusal is not None:
             raise self.refusal
+        info = self.info
+        for request in requests:
+            validate(
+                request,
+                vocab_size=info.vocab_size,
+                num_ids=TOKENIZER.num_ids,
+                max_model_len=info.max_model_len,
+                num_cache_tokens=info.num_blocks * info.block_size,
+            )
+        self.requests += requests
         stream = FakeStream(self, requests)
         self.streams.append(stream)
         if self.is_submit_held:
@@ -187,11 +204,6 @@ class FakeBackend:
         self.is_held = False
         for stream in self.streams:
             stream.wake()
-
-    @property
-    def requests(self) -> list[EngineRequest]:
-        """Every sequence that was submitted."""
-        return [request for stream in self.streams for request in stream.requests]
 
 
 def make_app(backend: FakeBackend, config: ServerConfig | None = None, *, model_name: str = MODEL) -> Starlette:

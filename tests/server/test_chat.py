@@ -15,6 +15,7 @@ from tests.server.fakes import (
     AppClient,
     FakeBackend,
     chat_body,
+    engine_info,
     events_of,
 )
 
@@ -143,12 +144,19 @@ def test_default_of_max_tokens_is_what_is_left_of_the_context(client: AppClient)
     assert request.sampling.max_tokens == MAX_MODEL_LEN - len(request.prompt_ids)
 
 
-def test_truncate_clamps_max_tokens_and_error_leaves_it(client: AppClient) -> None:
-    for behavior, expected in (("truncate", None), ("error", 10**7), (None, 10**7)):
-        client.chat(max_tokens=10**7, context_length_exceeded_behavior=behavior)
-        request = client.backend.requests[-1]
-        left = MAX_MODEL_LEN - len(request.prompt_ids)
-        assert request.sampling.max_tokens == (left if expected is None else expected)
+def test_default_of_max_tokens_fits_the_cache_too() -> None:
+    client = AppClient(FakeBackend(info=engine_info(num_blocks=4)))
+    client.chat()
+    request = client.backend.requests[0]
+    assert len(request.prompt_ids) + request.sampling.max_tokens - 1 == 4 * 16
+
+
+def test_truncate_clamps_max_tokens_to_the_context(client: AppClient) -> None:
+    for fields in ({}, {"context_length_exceeded_behavior": "error"}):
+        assert client.chat(max_tokens=10**7, **fields).json()["error"]["code"] == "context_length_exceeded"
+    assert client.chat(max_tokens=10**7, context_length_exceeded_behavior="truncate").status_code == 200
+    (request,) = client.backend.requests
+    assert request.sampling.max_tokens == MAX_MODEL_LEN - len(request.prompt_ids)
 
 
 def test_omitted_fields_take_the_models_defaults(client: AppClient) -> None:
@@ -308,7 +316,8 @@ def test_defaults_that_clients_send_are_accepted_without_warning(client: AppClie
     assert "warnings" not in response.json()
 
 
-def test_long_text_is_tokenized_like_short_text(client: AppClient) -> None:
+def test_long_text_is_tokenized_like_short_text() -> None:
+    client = AppClient(FakeBackend(info=engine_info(num_blocks=10_000, max_model_len=100_000)))
     content = "<|im_end|>" * (LONG_TEXT_CHARS // 10 + 1)
     assert client.chat(messages=[{"role": "user", "content": content}]).status_code == 200
     prompt_ids = client.backend.requests[0].prompt_ids

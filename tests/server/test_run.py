@@ -23,6 +23,7 @@ from tests.server.fakes import (
     FakeBackend,
     RunningServer,
     chat_body,
+    engine_info,
     events_of,
     serving,
     state_of,
@@ -83,7 +84,7 @@ def test_a_closed_socket_aborts_what_was_running(stream: bool) -> None:
 
 def test_a_reader_that_takes_nothing_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
     """The stream would go on for a million chunks of 2 KB; the buffers of both sockets take some megabytes of them."""
-    backend = FakeBackend()
+    backend = FakeBackend(info=engine_info(num_blocks=10**6, max_model_len=10**7))
     config = ServerConfig(port=0, stalled_reader_seconds=0.3)
     with serving(backend, config) as server, connect(server) as sock:
         send_request(sock, stream=True, max_tokens=10**6, ignore_eos=True, logprobs=20)

@@ -5,17 +5,14 @@ The bitmap holds bit id % 8 of byte id // 8: 8 KB a row at 65,536 ids. Cost per 
 R rows, V vocabulary, B bytes = ceil(V / 8).
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def pack_bits(is_set_RV: Tensor) -> Tensor:
-    """Bitmap [R, B] uint8 of booleans [R, V]."""
-    num_rows, size = is_set_RV.shape
-    padded = is_set_RV.new_zeros((num_rows, (size + 7) // 8 * 8), dtype=torch.uint8)
-    padded[:, :size] = is_set_RV
-    shifts = torch.arange(8, dtype=torch.uint8, device=is_set_RV.device)
-    return (padded.unflatten(1, (-1, 8)) << shifts).sum(dim=2, dtype=torch.uint8)
+    """Bitmap [R, B] uint8 of booleans [R, V] in host memory."""
+    return torch.from_numpy(np.packbits(is_set_RV.numpy(), axis=1, bitorder="little"))
 
 
 def bits_of_bytes(device: torch.device) -> Tensor:

@@ -1,6 +1,8 @@
 """The sampler on a CUDA device: the same ids as on a CPU, no wait for the device, and capture as a graph."""
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,19 +11,23 @@ from lfm.engine.sampler import sample, token_logprobs
 from lfm.engine.sampling_rows import RowStart, SamplingRows
 from lfm.kernels.random_bits import random_bits, uniform
 from lfm.kernels.top_k import top_k, top_k_ref
-from tests.sampler.batch import ids_of, params
+from tests.sampler.batch import ids_of
 from tests.sampler.test_sampler import WAYS, naive_of, random_case
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 
 
-@pytest.fixture
-def forbid_waits() -> Iterator[None]:
-    """From here on, whatever waits for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+@contextmanager
+def waits_forbidden() -> Iterator[None]:
+    """Inside, whatever waits for the device raises."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_uniforms_are_the_same_bits_on_both_devices() -> None:
@@ -64,17 +70,19 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("way", range(len(WAYS)))
-def test_neither_a_start_nor_a_sample_waits_for_the_device(way: int, forbid_waits: None) -> None:
+def test_neither_a_start_nor_a_sample_waits_for_the_device(way: int) -> None:
     rows = SamplingRows(4, 65_536, num_ids=64_400, device=CUDA)
     logits = torch.zeros(2, 65_536, device=CUDA)
-    given = params(**{name: getattr(WAYS[way], name) for name in WAYS[way].__struct_fields__ if name != "max_tokens"})
-    for row in (0, 2):
-        rows.start(RowStart(row=row, params=given, seed=row, ids=[1, 2, 3], num_prompt=2))
     row_R = torch.arange(0, 4, 2, device=CUDA)
-    flags = rows.flags([0, 2])._replace(num_logprobs=5)
-    for _ in range(2):
-        output = sample(rows, logits, row_R=row_R, position_R=row_R, flags=flags)
-    token_logprobs(logits, output.ids_R, num_top=5, num_ids=64_400)
+    with waits_forbidden():
+        for row in (0, 2):
+            rows.start(RowStart(row=row, params=WAYS[way], seed=row, ids=[1, 2, 3], num_prompt=2))
+        flags = rows.flags([0, 2])._replace(num_logprobs=5)
+        for _ in range(2):
+            output = sample(rows, logits, row_R=row_R, position_R=row_R, flags=flags)
+        token_logprobs(logits, output.ids_R, num_top=5, num_ids=64_400)
+    with waits_forbidden(), pytest.raises(RuntimeError, match="synchronizing"):
+        output.ids_R.tolist()
 
 
 @pytest.mark.parametrize("way", [0, 1, 2, 3, 4])

@@ -13,7 +13,7 @@ from lfm.server.generation import Generation
 from lfm.server.schemas import GenerationRequest
 from lfm.server.state import AppState
 
-LONG_TEXT_CHARS = 16_384  # some 3 ms of tokenizing: longer ones would hold up every stream of this process
+LONG_BODY_BYTES = 16_384  # some 3 ms of tokenizing: longer ones would hold up every stream of this process
 
 _T = TypeVar("_T")
 
@@ -28,21 +28,23 @@ def check_model(requested: str, served: str) -> None:
 
 
 def check_text_size(num_bytes: int, state: AppState, *, param: str) -> None:
-    """Refuse a text that cannot fit, before it is tokenized: no token stands for more than `max_token_bytes`."""
+    """Refuse a text that cannot fit before it is tokenized: no token stands for more than `max_token_bytes`."""
+    check_prompt_size(num_bytes // state.tokenizer.max_token_bytes, state, param=param)
+
+
+def check_prompt_size(num_tokens: int, state: AppState, *, param: str) -> None:
     max_model_len = state.backend.info.max_model_len
-    least_tokens = num_bytes // state.tokenizer.max_token_bytes
-    if least_tokens > max_model_len:
+    if num_tokens > max_model_len:
         raise RequestError(
-            f"{param} holds {num_bytes} bytes of text, that is {least_tokens} tokens or more. "
-            f"Allowed: the context of {max_model_len} tokens. Send less text.",
+            f"{param} makes {num_tokens} tokens or more. Allowed: the context of {max_model_len}. Send less.",
             param=param,
             code="context_length_exceeded",
         )
 
 
-async def in_thread_if_long(work: Callable[[], _T], num_chars: int) -> _T:
-    """Tokenizing releases the interpreter lock, so a long text is worth a thread."""
-    return await asyncio.to_thread(work) if num_chars > LONG_TEXT_CHARS else work()
+async def in_thread_if_long(work: Callable[[], _T], *, num_bytes: int) -> _T:
+    """Tokenizing releases the interpreter lock, so a long body is worth a thread."""
+    return await asyncio.to_thread(work) if num_bytes > LONG_BODY_BYTES else work()
 
 
 def shown_prompt(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> str:

@@ -20,10 +20,10 @@ class Chat:
     id_prefix = "chatcmpl"
     prompt_field = "messages"
 
-    async def prompts(self, request: ChatRequest, state: AppState) -> list[list[int]]:
-        num_chars = sum(len(message.text) for message in request.messages)
-        check_text_size(num_chars, state, param="messages")
-        return [await in_thread_if_long(partial(build_prompt, state.tokenizer, request.messages), num_chars)]
+    async def prompts(self, request: ChatRequest, *, state: AppState, num_bytes: int) -> list[list[int]]:
+        check_text_size(sum(len(message.text) for message in request.messages), state, param="messages")
+        work = partial(build_prompt, state.tokenizer, request.messages)
+        return [await in_thread_if_long(work, num_bytes=num_bytes)]
 
     def shape(
         self, request: ChatRequest, prompts: Sequence[list[int]], *, head: AnswerHead, state: AppState

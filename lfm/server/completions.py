@@ -5,7 +5,7 @@ from functools import partial
 
 from lfm.chat.output import Delta, TokenScore
 from lfm.chat.tokenizer import Tokenizer
-from lfm.server.admission import check_text_size, in_thread_if_long, shown_prompt
+from lfm.server.admission import check_prompt_size, check_text_size, in_thread_if_long, shown_prompt
 from lfm.server.answer import AnswerHead, Json
 from lfm.server.generation import Choice
 from lfm.server.logprobs import completion_logprobs, token_arrays
@@ -20,12 +20,11 @@ class Completions:
     id_prefix = "cmpl"
     prompt_field = "prompt"
 
-    async def prompts(self, request: CompletionRequest, state: AppState) -> list[list[int]]:
-        num_chars = sum(len(prompt) for prompt in request.prompt)
+    async def prompts(self, request: CompletionRequest, *, state: AppState, num_bytes: int) -> list[list[int]]:
         for prompt in request.prompt:
-            if isinstance(prompt, str):
-                check_text_size(len(prompt), state, param="prompt")
-        return await in_thread_if_long(partial(_encode_all, state.tokenizer, request.prompt), num_chars)
+            check_size = check_text_size if isinstance(prompt, str) else check_prompt_size
+            check_size(len(prompt), state, param="prompt")
+        return await in_thread_if_long(partial(_encode_all, state.tokenizer, request.prompt), num_bytes=num_bytes)
 
     def shape(
         self, request: CompletionRequest, prompts: Sequence[list[int]], *, head: AnswerHead, state: AppState

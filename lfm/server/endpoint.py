@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from lfm.chat.stop import StopStrings
 from lfm.server.admission import check_model, make_requests, open_generation
 from lfm.server.answer import AnswerHead, AnswerShape, send_events, send_whole
-from lfm.server.asgi import read_json_object
+from lfm.server.asgi import JsonBody, read_json_object
 from lfm.server.dialect import is_together
 from lfm.server.disconnect import run_while_connected
 from lfm.server.generation import Generation
@@ -29,8 +29,8 @@ class Family(Protocol[R]):
     id_prefix: str
     prompt_field: str
 
-    async def prompts(self, request: R, state: AppState) -> list[list[int]]:
-        """The ids of each prompt. Raises RequestError for what no prompt can be built from."""
+    async def prompts(self, request: R, *, state: AppState, num_bytes: int) -> list[list[int]]:
+        """The ids of each prompt of a body of `num_bytes`. Raises RequestError for what no prompt can be built from."""
 
     def shape(self, request: R, prompts: Sequence[list[int]], *, head: AnswerHead, state: AppState) -> AnswerShape:
         """The JSON of the answer."""
@@ -48,14 +48,14 @@ class GenerationEndpoint(Generic[R]):
         body = await read_json_object(scope, receive)
         await run_while_connected(self._answer(body, scope, send), scope=scope, receive=receive, state=self._state)
 
-    async def _answer(self, body: dict[str, object], scope: Scope, send: Send) -> None:
+    async def _answer(self, body: JsonBody, scope: Scope, send: Send) -> None:
         family, state, record = self._family, self._state, record_of(scope)
-        request = parse_request(family.request_type, body)
+        request = parse_request(family.request_type, body.value)
         check_model(request.model, state.model_name)
-        refuse_unsupported(body)
+        refuse_unsupported(body.value)
         request.check_combinations()
         stop = StopStrings(request.stop or ())
-        prompts = await family.prompts(request, state)
+        prompts = await family.prompts(request, state=state, num_bytes=body.num_bytes)
         request_id = f"{family.id_prefix}-{uuid.uuid4().hex}"
         engine_requests = make_requests(request, prompts, request_id=request_id, state=state)
         n = len(engine_requests) // len(prompts)
@@ -65,7 +65,7 @@ class GenerationEndpoint(Generic[R]):
             created=int(time.time()),
             model=state.model_name,
             n=n,
-            warnings=warnings_for(body),
+            warnings=warnings_for(body.value),
             for_together=is_together(Headers(scope=scope)),
             includes_usage=request.includes_usage,
         )

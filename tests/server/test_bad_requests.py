@@ -201,6 +201,7 @@ BODIES = [
     pytest.param(b"null", id="null"),
     pytest.param(b'"text"', id="string"),
     pytest.param(b"5", id="number"),
+    pytest.param(b'{"a":[' + b"[]," * 1_000_000 + b"0]}", id="a-million-arrays"),
 ]
 
 
@@ -247,11 +248,13 @@ def test_nul_is_a_character_like_others(client: AppClient) -> None:
     assert client.chat(messages=[{"role": "user", "content": "a\x00b"}], stop="\x00").status_code == 200
 
 
-def test_text_that_cannot_fit_is_refused_before_tokenizing(client: AppClient) -> None:
+def test_a_prompt_that_cannot_fit_is_refused_before_tokenizing(client: AppClient) -> None:
     content = "a" * (MAX_MODEL_LEN * 100)
     for response, param in (
-        (client.chat(messages=[{"role": "user", "content": content}]), "messages"),
+        (client.chat(messages=[USER, {"role": "user", "content": content}]), "messages"),
         (client.complete(prompt=content), "prompt"),
+        (client.complete(prompt=[40] * (MAX_MODEL_LEN + 1)), "prompt"),
+        (client.complete(prompt=["a", content]), "prompt"),
     ):
         error = error_of(response)
         assert error["param"] == param

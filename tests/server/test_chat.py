@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lfm.server.admission import LONG_TEXT_CHARS
+from lfm.server.admission import LONG_BODY_BYTES
 from tests.server.fakes import (
     CHAT_PATH,
     DEFAULTS,
@@ -318,8 +318,8 @@ def test_defaults_that_clients_send_are_accepted_without_warning(client: AppClie
 
 def test_long_text_is_tokenized_like_short_text() -> None:
     client = AppClient(FakeBackend(info=engine_info(num_blocks=10_000, max_model_len=100_000)))
-    content = "<|im_end|>" * (LONG_TEXT_CHARS // 10 + 1)
+    content = "<|im_end|>" * (LONG_BODY_BYTES // 10 + 1)
     assert client.chat(messages=[{"role": "user", "content": content}]).status_code == 200
     prompt_ids = client.backend.requests[0].prompt_ids
-    assert len(prompt_ids) > LONG_TEXT_CHARS
+    assert len(prompt_ids) > LONG_BODY_BYTES
     assert prompt_ids.count(EOS) == 1  # the end of the turn; the text itself makes none

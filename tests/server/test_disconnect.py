@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 
 from lfm.config import ServerConfig
 from lfm.protocol import TokenEvent
-from lfm.server.admission import LONG_TEXT_CHARS
+from lfm.server.admission import LONG_BODY_BYTES
 from tests.server.fakes import TOKENIZER, AsgiCall, FakeBackend, chat_body, make_app, state_of, until
 
 
@@ -87,7 +87,7 @@ def test_a_client_that_leaves_during_tokenizing_never_reaches_the_engine() -> No
         backend, tokenizer = FakeBackend(), BlockedTokenizer()
         app = make_app(backend)
         state_of(app).tokenizer = tokenizer  # type: ignore[assignment]
-        body = {"model": chat_body()["model"], "prompt": "a" * (LONG_TEXT_CHARS + 1)}
+        body = {"model": chat_body()["model"], "prompt": "a" * (LONG_BODY_BYTES + 1)}
         call = AsgiCall(app, body, path="/v1/completions")
         task = await start(call)
         await until(tokenizer.has_begun.is_set)

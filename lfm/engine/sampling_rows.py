@@ -247,12 +247,11 @@ class IdLists:
             self.ids = pad(self.ids, (0, width - self.ids.shape[1]))
             self.values = pad(self.values, (0, width - self.values.shape[1]))
         if width := self.ids.shape[1]:
-            ids, values = np.zeros((len(lists), width), np.int64), np.zeros((len(lists), width))
-            for row, entries in enumerate(lists):
-                ids[row, : len(entries)] = [i for i, _ in entries]
-                values[row, : len(entries)] = [value for _, value in entries]
-            self.ids[rows] = upload(torch.from_numpy(ids))
-            self.values[rows] = upload(torch.from_numpy(values))
+            padded = [entries + [(0, 0.0)] * (width - len(entries)) for entries in lists]
+            self.ids[rows] = upload(torch.tensor([[i for i, _ in entries] for entries in padded]))
+            self.values[rows] = upload(
+                torch.tensor([[v for _, v in entries] for entries in padded], dtype=torch.float64)
+            )
 
     def add_to(self, x_RV: Tensor, row_R: Tensor, is_active_R1: Tensor | None = None) -> Tensor:
         """`x_RV` plus the values of rows `row_R`; where given, only of those that are active."""

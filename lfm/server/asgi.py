@@ -1,5 +1,6 @@
 """The few ASGI helpers that the routes share: JSON out, and a body with a limit in."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,13 +43,13 @@ async def send_json(
     await send_bytes(send, orjson.dumps(payload), status=status, headers=headers)
 
 
-async def read_json_object(scope: Scope, receive: Receive) -> JsonBody:
+async def read_json_object(scope: Scope, receive: Receive, *, stalled_s: float) -> JsonBody:
     """The request body as a JSON object, whatever the content type says.
 
     Raises BodyTooLargeError as soon as the limit is known to be passed, RequestError for anything but one JSON object,
-    ClientLeft if the client goes away while sending.
+    ClientLeft if the client goes away while sending, or sends nothing for `stalled_s` seconds.
     """
-    body = await _read_body(scope, receive)
+    body = await _read_body(scope, receive, stalled_s)
     num_brackets = body.count(b"[") + body.count(b"{")
     if num_brackets > MAX_BRACKETS:
         raise RequestError(
@@ -67,14 +68,18 @@ async def read_json_object(scope: Scope, receive: Receive) -> JsonBody:
     return JsonBody(value, len(body))
 
 
-async def _read_body(scope: Scope, receive: Receive) -> bytes:
-    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+async def _read_body(scope: Scope, receive: Receive, stalled_s: float) -> bytes:
+    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")[:20]
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         raise _body_too_large(int(declared))
     chunks: list[bytes] = []
     num_bytes = 0
     while True:
-        message = await receive()
+        try:
+            async with asyncio.timeout(stalled_s):
+                message = await receive()
+        except TimeoutError:
+            raise ClientLeft("stalled") from None
         if message["type"] == "http.disconnect":
             raise ClientLeft
         chunk = message.get("body", b"")

@@ -45,7 +45,7 @@ class GenerationEndpoint(Generic[R]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._state.check_ready()
-        body = await read_json_object(scope, receive)
+        body = await read_json_object(scope, receive, stalled_s=self._state.config.stalled_reader_seconds)
         await run_while_connected(self._answer(body, scope, send), scope=scope, receive=receive, state=self._state)
 
     async def _answer(self, body: JsonBody, scope: Scope, send: Send) -> None:

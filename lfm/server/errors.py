@@ -13,6 +13,8 @@ from lfm.protocol import ErrorInfo
 
 Headers = list[tuple[bytes, bytes]]
 
+SHUTTING_DOWN = "shutting_down"  # the code of every answer of a draining server
+
 
 class UnauthorizedError(RequestError):
     """HTTP 401: the key is missing or wrong."""
@@ -93,8 +95,10 @@ def error_body(info: ErrorInfo) -> dict[str, dict[str, str | None]]:
 
 
 def error_headers(info: ErrorInfo, error: Exception) -> Headers:
-    """The headers that a status demands: Retry-After, Allow, WWW-Authenticate."""
+    """The headers that an error demands: Retry-After, Allow, WWW-Authenticate, Connection."""
     headers: Headers = []
+    if info.code == SHUTTING_DOWN:
+        headers.append((b"connection", b"close"))  # the client's next connection may reach another replica
     if info.retry_after_s is not None:
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(info.retry_after_s))))
     if isinstance(error, MethodNotAllowedError):

@@ -186,7 +186,6 @@ EXPECTED = {
     "list_type": "an array",
     "dict_type": "an object",
     "model_type": "an object",
-    "literal_error": "one of {expected}",
 }
 
 
@@ -196,10 +195,13 @@ def parse_request(kind: type[_R], body: dict[str, object]) -> _R:
         return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    # A part of the path may be a key of the client's own, of any length.
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in first["loc"]).lstrip(".")
     if first["type"] == "missing":
         raise RequestError(f"{path} is missing. Send it.", param=path)
-    expected = EXPECTED.get(first["type"], first["msg"]).format_map(first.get("ctx", {}))
+    expected = (
+        first["ctx"]["expected"] if first["type"] == "literal_error" else EXPECTED.get(first["type"], first["msg"])
+    )
     raise RequestError(f"{path}={shown(first['input'])} is not valid. Allowed: {expected}.", param=path)
 
 

@@ -14,6 +14,7 @@ from lfm.chat.tokenizer import Tokenizer
 from lfm.config import ModelConfig, ServerConfig
 from lfm.engine.client import EngineBackend
 from lfm.errors import OverloadedError
+from lfm.server.errors import SHUTTING_DOWN
 from lfm.server.metrics import Metrics
 
 _RECORD_KEY = "lfm.record"
@@ -74,7 +75,7 @@ class AppState:
         return OverloadedError(
             "The server is shutting down. Try again later, or another replica now.",
             retry_after_s=self.config.drain_seconds,
-            code="shutting_down",
+            code=SHUTTING_DOWN,
         )
 
     def cut_off(self) -> None:

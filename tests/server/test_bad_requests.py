@@ -84,6 +84,7 @@ WRONG_FIELDS = [
     ("logit_bias", {"logit_bias": {"9" * 5000: 1}}),
     ("logit_bias", {"logit_bias": {"\u0661": 1}}),
     ("logit_bias.5", {"logit_bias": {"5": "much"}}),
+    ("logit_bias." + "5" * 80, {"logit_bias": {"5" * 100_000: "much"}}),
     ("logprobs", {"logprobs": 21}),
     ("logprobs", {"logprobs": -1}),
     ("logprobs", {"logprobs": "yes"}),
@@ -320,6 +321,7 @@ def upload(*, num_mib: int, headers: list[tuple[bytes, bytes]]) -> tuple[list[An
     [
         ((b"content-length", b"%d" % (100 * MIB)), 0),
         ((b"transfer-encoding", b"chunked"), MAX_BODY_BYTES // MIB + 1),
+        ((b"content-length", b"9" * 5000), 0),
         ((b"content-length", b"lots"), MAX_BODY_BYTES // MIB + 1),
         ((b"content-length", b"5"), MAX_BODY_BYTES // MIB + 1),
     ],

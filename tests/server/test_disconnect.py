@@ -210,6 +210,16 @@ def test_a_reader_that_takes_nothing_is_given_up(caplog: pytest.LogCaptureFixtur
     assert "finish=stalled" in caplog.text
 
 
+def test_a_sender_that_stops_in_its_body_is_given_up() -> None:
+    async def scenario() -> None:
+        call = AsgiCall(make_app(FakeBackend(), ServerConfig(stalled_reader_seconds=0.02)))
+        call.receive({"type": "http.request", "body": b'{"model":', "more_body": True})
+        await call.run()
+        assert call.sent == []
+
+    run(scenario())
+
+
 def test_keep_alive_comments_come_while_a_stream_waits() -> None:
     async def scenario() -> None:
         app, backend = held_app(keepalive_seconds=0.01)

@@ -143,6 +143,7 @@ def test_drain_finishes_what_runs_and_refuses_what_comes() -> None:
         assert (ready.status_code, refused.status_code) == (503, 503)
         assert refused.json()["error"]["code"] == "shutting_down"
         assert int(refused.headers["retry-after"]) > 0
+        assert refused.headers["connection"] == "close"
         assert httpx2.get(f"{server.url}/livez", timeout=TIMEOUT_S).status_code == 200
         server.call(backend.release)
         thread.join(TIMEOUT_S)

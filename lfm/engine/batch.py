@@ -60,6 +60,7 @@ class BatchBuilder:
         self, *, max_running: int, step_tokens: int, max_model_len: int, block_size: int, device: torch.device
     ) -> None:
         self._block_size = block_size
+        self._max_model_len = max_model_len
         self._max_blocks = -(-max_model_len // block_size)
         self._tables = np.full((max_running, self._max_blocks), SCRATCH_BLOCK, dtype=np.int64)
         self._num_filled = [0] * max_running
@@ -72,6 +73,7 @@ class BatchBuilder:
         self._ids, self._positions = buffer(max_tokens), buffer(max_tokens)
         self._rows_of_tokens, self._slots = buffer(max_tokens), buffer(max_tokens)
         self._starts, self._device_rows, self._tail_reads = (buffer(max_running) for _ in range(3))
+        self._row_starts = buffer(max_running + 1)
         self._tail_blocks, self._tail_tokens = buffer(max_writes), buffer(max_writes)
         self._sample_tokens, self._sample_rows, self._sample_positions = (buffer(max_running) for _ in range(3))
         self._block_tables = buffer(max_running * self._max_blocks)
@@ -108,6 +110,7 @@ class BatchBuilder:
             rows_T=rows_T,
             slots_T=self._slots.upload(blocks * self._block_size + positions % self._block_size),
             starts_S=self._starts.upload(starts),
+            row_starts_S1=self._row_starts.upload(row_starts),
             block_tables_SN=self._block_tables.upload(tables_SN.ravel()).view(num_rows, num_blocks),
             tail_read_S=self._tail_reads.upload(self._tail_reads_of(tables_SN, starts)),
             tail_write_W=self._tail_blocks.upload(blocks[tail_tokens]),
@@ -115,6 +118,7 @@ class BatchBuilder:
             sample_T=self._sample_tokens.upload(row_starts[1:][sampled] - 1),
             row_starts=tuple(row_starts.tolist()),
             starts=tuple(starts),
+            num_positions=self._max_model_len,
         )
         return StepTensors(
             forward=forward,

@@ -20,6 +20,7 @@ from lfm.errors import MachineError
 from lfm.kernels.forward_batch import CacheTensors
 from lfm.model.lfm2 import Lfm2
 from lfm.model.ops import FAST, REFERENCE, Ops
+from lfm.model.pack import pack
 from lfm.model.presets import fill_random
 from lfm.model.sizes import block_bytes, format_bytes
 from lfm.model.source import ModelSource, resolve_model
@@ -56,7 +57,7 @@ def load_model(source: ModelSource, plan: EnginePlan, *, on_phase: Callable[[str
     else:
         on_phase(f"making random weights for {source.name}")
         fill_random(model, device=device, dtype=dtype, seed=plan.seed)
-    return model.requires_grad_(False).eval()
+    return pack(model.requires_grad_(False).eval())
 
 
 def num_tokenizer_ids(source: ModelSource) -> int:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lfm.kernels.forward_batch import ForwardBatch
-from lfm.kernels.norm import rms_norm_ref
+from lfm.kernels.norm import project_ref, rms_norm_ref
+from lfm.kernels.weights import Linear, Norm, Rope
 
 # Queries per attention call of a prefill chunk: bounds the mask (heads/group x 512 x context booleans).
 QUERY_TILE = 512
@@ -20,31 +21,44 @@ QUERY_TILE = 512
 DECODE_TILE = 2**18
 
 
-def rope_tables(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, K] for these positions."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device) / head_dim
-    angles_TK = positions_T.float()[:, None] * (1.0 / theta**exponents)
-    angles_TK = torch.cat((angles_TK, angles_TK), dim=-1)
-    return angles_TK.cos().to(dtype), angles_TK.sin().to(dtype)
+def rope_tables(num_positions: int, head_dim: int, theta: float, *, dtype: torch.dtype, device: torch.device) -> Rope:
+    """Tables for positions 0 to num_positions - 1."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    positions = torch.arange(num_positions, dtype=torch.float32, device=device)
+    angles_PK = positions[:, None] * (1.0 / theta**exponents)
+    angles_PK = torch.cat((angles_PK, angles_PK), dim=-1)
+    return Rope(angles_PK.cos().to(dtype), angles_PK.sin().to(dtype))
 
 
-def _rotate(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+def _rotate(x_THK: Tensor, rope: Rope, positions_T: Tensor) -> Tensor:
     low, high = x_THK.chunk(2, dim=-1)
-    return x_THK * cos_TK[:, None] + torch.cat((-high, low), dim=-1) * sin_TK[:, None]
+    rotated = torch.cat((-high, low), dim=-1)
+    return x_THK * rope.cos[positions_T][:, None] + rotated * rope.sin[positions_T][:, None]
 
 
-def qkv_rope_ref(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
-    q_norm_K: Tensor,
-    k_norm_K: Tensor,
-    eps: float,
-    rope: tuple[Tensor, Tensor],
+def qkv_ref(
+    h_TD: Tensor,
+    norm: Norm,
+    qkv: Linear,
+    q_norm: Norm,
+    k_norm: Norm,
+    rope: Rope,
+    batch: ForwardBatch,
+    k_NGBK: Tensor,
+    v_NGBK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm and rotate q and k; v passes through."""
-    q_THK = _rotate(rms_norm_ref(q_THK, q_norm_K, eps), *rope)
-    k_TGK = _rotate(rms_norm_ref(k_TGK, k_norm_K, eps), *rope)
+    """q [T, H, K], k and v [T, G, K] of one layer, normed and rotated; k and v are also written to the cache.
+
+    `qkv.weight` holds the rows of q, then k, then v. Empty cache tensors: nothing is written.
+    """
+    head_dim = rope.cos.shape[1]
+    qkv_THK = project_ref(rms_norm_ref(h_TD, norm), qkv).view(h_TD.shape[0], -1, head_dim)
+    num_groups = k_NGBK.shape[1]
+    q_THK, k_TGK, v_TGK = torch.split(qkv_THK, [qkv_THK.shape[1] - 2 * num_groups, num_groups, num_groups], dim=1)
+    q_THK = _rotate(rms_norm_ref(q_THK, q_norm), rope, batch.positions_T)
+    k_TGK = _rotate(rms_norm_ref(k_TGK, k_norm), rope, batch.positions_T)
+    if k_NGBK.numel():
+        write_kv_ref(k_TGK, v_TGK, batch, k_NGBK, v_NGBK)
     return q_THK, k_TGK, v_TGK
 
 

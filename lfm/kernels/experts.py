@@ -1,6 +1,6 @@
-"""The experts of one MoE layer: every token through its chosen SwiGLU experts, summed by router weight.
+"""The experts of one MoE layer: every token through its chosen SwiGLU experts, summed by router weight, residual added.
 
-    y[t] = sum_a w[t, a] * down[e] (silu(gate[e] x[t]) * (up[e] x[t])),   e = chosen[t, a]
+    h[t] + sum_a w[t, a] * down[e] (silu(gate[e] x[t]) * (up[e] x[t])),   e = chosen[t, a]
 
 Rounding point: the expert's output, before its weight. Sums over experts are kept in fp32.
 Legend: T tokens, D hidden, E experts, A experts per token, F expert width, P = T * A pairs sorted by expert.
@@ -24,16 +24,18 @@ def _sort_by_expert(chosen_TA: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     return order_P, counts_E.cumsum(0)
 
 
-def _combine(out_PD: Tensor, order_P: Tensor, weights_TA: Tensor, like_TD: Tensor) -> Tensor:
+def _combine(h_TD: Tensor, out_PD: Tensor, order_P: Tensor, weights_TA: Tensor) -> Tensor:
     """Undo the sort and sum each token's experts in the order they were chosen, which no batch shape changes."""
     num_tokens, num_chosen = weights_TA.shape
     unsorted_PD = torch.empty_like(out_PD)
     unsorted_PD[order_P] = out_PD
     weighted = widen(unsorted_PD).view(num_tokens, num_chosen, -1) * widen(weights_TA)[:, :, None]
-    return weighted.sum(1).to(like_TD.dtype)
+    return h_TD + weighted.sum(1).to(h_TD.dtype)
 
 
-def experts_ref(x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
+def experts_ref(
+    h_TD: Tensor, x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> Tensor:
     """One expert after the other. The counts are read by the host, so this synchronises on a GPU."""
     order_P, ends_E = _sort_by_expert(chosen_TA, gate_up_E2FD.shape[0])
     x_PD = x_TD[order_P // chosen_TA.shape[1]]
@@ -43,7 +45,7 @@ def experts_ref(x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor, gate_up_E2F
             gate, up = linear(x_PD[begin:end], gate_up_E2FD[expert]).chunk(2, dim=-1)
             outputs.append(linear(silu(gate) * up, down_EDF[expert]))
         begin = end
-    return _combine(torch.cat(outputs), order_P, weights_TA, x_TD)
+    return _combine(h_TD, torch.cat(outputs), order_P, weights_TA)
 
 
 def _grouped_mm() -> Any:
@@ -56,14 +58,16 @@ def has_grouped_mm(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16 and _grouped_mm() is not None
 
 
-def experts(x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
+def experts(
+    h_TD: Tensor, x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> Tensor:
     """As `experts_ref`, as two grouped GEMMs without a host synchronisation where the libraries offer them."""
     if not has_grouped_mm(x_TD):
-        return experts_ref(x_TD, chosen_TA, weights_TA, gate_up_E2FD, down_EDF)
+        return experts_ref(h_TD, x_TD, chosen_TA, weights_TA, gate_up_E2FD, down_EDF)
     order_P, ends_E = _sort_by_expert(chosen_TA, gate_up_E2FD.shape[0])
     offsets_E = ends_E.to(torch.int32)
     grouped_mm = _grouped_mm()
     x_PD = x_TD[order_P // chosen_TA.shape[1]]
     gate_PF, up_PF = grouped_mm(x_PD, gate_up_E2FD.transpose(1, 2), offs=offsets_E).chunk(2, dim=-1)
     out_PD = grouped_mm(silu(gate_PF) * up_PF, down_EDF.transpose(1, 2), offs=offsets_E)
-    return _combine(out_PD, order_P, weights_TA, x_TD)
+    return _combine(h_TD, out_PD, order_P, weights_TA)

@@ -29,6 +29,7 @@ class ForwardBatch:
     rows_T: Tensor  # int64, row of the token
     slots_T: Tensor  # int64, block * B + offset: where the token's K and V go
     starts_S: Tensor  # int64, first position of the row's chunk
+    row_starts_S1: Tensor  # int64 [S + 1], `row_starts` on the device
     block_tables_SN: Tensor  # int64, blocks of the row in order, padded with the scratch block
     tail_read_S: Tensor  # int64, block of position start - 1 (scratch where start is 0)
     tail_write_W: Tensor  # int64, block whose tail is written
@@ -36,6 +37,8 @@ class ForwardBatch:
     sample_T: Tensor  # int64 [R], index into T of the tokens whose logits are wanted
     row_starts: tuple[int, ...]  # S + 1 entries
     starts: tuple[int, ...]  # S entries
+
+    num_positions: int  # an upper bound of every position + 1
 
     @property
     def num_rows(self) -> int:

@@ -1,11 +1,15 @@
-"""Residual add and RMSNorm, the op between any two blocks of the model.
+"""RMSNorm, alone and in front of a projection; a projection with the residual in its epilogue; the dense feed-forward.
 
-Formula (transformers Lfm2RMSNorm): h = h + delta; y = cast(h32 * rsqrt(mean(h32^2) + eps)) * weight.
-Legend: T tokens, D width (hidden, or head dim for the q/k norms).
+    norm(x) = cast(x32 * rsqrt(mean(x32^2) + eps)) * weight          (transformers Lfm2RMSNorm)
+
+Legend: T tokens, D hidden, N outputs, I dense width.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from lfm.kernels.weights import Linear, Norm
 
 
 def widen(x: Tensor) -> Tensor:
@@ -13,15 +17,24 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def rms_norm_ref(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm_ref(x_TD: Tensor, norm: Norm) -> Tensor:
     """RMSNorm over the last axis; rounds to x's dtype before the weight, as the checkpoint was trained."""
     wide = widen(x_TD)
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return wide.to(x_TD.dtype) * weight_D
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    return wide.to(x_TD.dtype) * norm.weight
 
 
-def add_norm_ref(h_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return (h + delta, RMSNorm(h + delta)); `delta_TD` None at the first norm of the model."""
-    if delta_TD is not None:
-        h_TD = h_TD + delta_TD
-    return h_TD, rms_norm_ref(h_TD, weight_D, eps)
+def project_ref(x_TD: Tensor, projection: Linear) -> Tensor:
+    """x W^T + b [T, N]."""
+    return linear(x_TD, projection.weight, projection.bias)
+
+
+def project_add_ref(h_TD: Tensor, x_TD: Tensor, projection: Linear) -> Tensor:
+    """The residual stream after an operator: h + x W^T + b [T, D]."""
+    return h_TD + linear(x_TD, projection.weight, projection.bias)
+
+
+def dense_ref(h_TD: Tensor, norm: Norm, gate_up_2ID: Tensor, down_DI: Tensor) -> Tensor:
+    """h + down(silu(gate x) * (up x)) with x = norm(h); rows 0..I-1 of `gate_up_2ID` are the gate."""
+    gate_TI, up_TI = linear(rms_norm_ref(h_TD, norm), gate_up_2ID).chunk(2, dim=-1)
+    return h_TD + linear(silu(gate_TI) * up_TI, down_DI)

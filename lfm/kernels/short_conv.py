@@ -1,6 +1,6 @@
 """Double-gated short convolution over packed rows, with its state in the block pool.
 
-    B, C, x = split(bcx);  u = B * x;  z[t] = sum_j w[:, j] * u[t - L + 1 + j] (+ bias);  y = C * z
+    B, C, x = split(norm(h) W^T + b);  u = B * x;  z[t] = sum_j w[:, j] * u[t - L + 1 + j] (+ bias);  y = C * z
 
 Before a row's chunk, u comes from the tail that `tail_read_S` names. Taps before position 0 are zero by a test on the
 position, never by what memory contains. Rounding points: u, z, y (each to the activation dtype); z accumulates in fp32.
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lfm.kernels.forward_batch import ForwardBatch
-from lfm.kernels.norm import widen
+from lfm.kernels.norm import project_ref, rms_norm_ref, widen
+from lfm.kernels.weights import Linear, Norm
 
 
 def _taps(u_TD: Tensor, tails_NLD: Tensor, batch: ForwardBatch, tokens_M: Tensor, back: int) -> Tensor:
@@ -28,10 +29,9 @@ def _taps(u_TD: Tensor, tails_NLD: Tensor, batch: ForwardBatch, tokens_M: Tensor
     return torch.where((wanted_M >= 0)[:, None], values_MD, torch.zeros_like(values_MD))
 
 
-def short_conv_ref(
-    bcx_T3D: Tensor, weight_DL: Tensor, bias_D: Tensor | None, batch: ForwardBatch, tails_NLD: Tensor
-) -> Tensor:
+def short_conv_ref(bcx_T3D: Tensor, conv: Linear, batch: ForwardBatch, tails_NLD: Tensor) -> Tensor:
     """Return y [T, D] and write the tails of the blocks that end in this step, after all reads."""
+    weight_DL, bias_D = conv
     b_TD, c_TD, x_TD = bcx_T3D.chunk(3, dim=-1)
     u_TD = b_TD * x_TD
     window = weight_DL.shape[1]
@@ -47,11 +47,10 @@ def short_conv_ref(
     return c_TD * z_TD.to(u_TD.dtype)
 
 
-def short_conv_packed(
-    bcx_T3D: Tensor, weight_DL: Tensor, bias_D: Tensor | None, batch: ForwardBatch, tails_NLD: Tensor
-) -> Tensor:
+def short_conv_packed(bcx_T3D: Tensor, conv: Linear, batch: ForwardBatch, tails_NLD: Tensor) -> Tensor:
     """The same without state, for training and full recompute: every row starts at position 0. Differentiable."""
     del tails_NLD
+    weight_DL, bias_D = conv
     b_TD, c_TD, x_TD = bcx_T3D.chunk(3, dim=-1)
     u_TD = b_TD * x_TD
     window = weight_DL.shape[1]
@@ -64,3 +63,17 @@ def short_conv_packed(
     if bias_D is not None:
         z_TD = z_TD + widen(bias_D)
     return c_TD * z_TD.to(u_TD.dtype)
+
+
+def conv_in_ref(
+    h_TD: Tensor, norm: Norm, in_proj: Linear, conv: Linear, batch: ForwardBatch, tails_NLD: Tensor
+) -> Tensor:
+    """Norm, input projection and convolution of one layer: y [T, D]. `conv.weight` is [D, L]."""
+    return short_conv_ref(project_ref(rms_norm_ref(h_TD, norm), in_proj), conv, batch, tails_NLD)
+
+
+def conv_in_packed(
+    h_TD: Tensor, norm: Norm, in_proj: Linear, conv: Linear, batch: ForwardBatch, tails_NLD: Tensor
+) -> Tensor:
+    """The same without state; see `short_conv_packed`."""
+    return short_conv_packed(project_ref(rms_norm_ref(h_TD, norm), in_proj), conv, batch, tails_NLD)

@@ -30,6 +30,7 @@ def packed_batch(rows: Sequence[Sequence[int]], device: torch.device) -> Forward
         rows_T=tensor([row for row, length in enumerate(lengths) for _ in range(length)]),
         slots_T=nothing,
         starts_S=tensor([0] * len(rows)),
+        row_starts_S1=tensor(row_starts),
         block_tables_SN=nothing,
         tail_read_S=nothing,
         tail_write_W=nothing,
@@ -37,6 +38,7 @@ def packed_batch(rows: Sequence[Sequence[int]], device: torch.device) -> Forward
         sample_T=tensor(list(range(row_starts[-1]))),
         row_starts=tuple(row_starts),
         starts=(0,) * len(rows),
+        num_positions=max(lengths),
     )
 
 

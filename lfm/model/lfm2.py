@@ -7,18 +7,18 @@
 Operator: double-gated short convolution, or grouped-query attention with per-head q/k norm before RoPE.
 Feed-forward: SwiGLU in the first `num_dense_layers` layers (all of them in dense LFM2), then experts behind a sigmoid
 router. Parameters carry the checkpoint's names. This file knows nothing of blocks, rows or devices: the ops do.
-bf16 rounding points: norm out, u, conv out, expert out; an op may keep more precision, never less.
+bf16 rounding points: norm out, u, conv out, expert out, h; an op may keep more precision, never less.
 Source: transformers modeling_lfm2.py and modeling_lfm2_moe.py.
 Legend: T tokens, D hidden, H q heads, G kv heads, K head dim, E experts, F expert width, L window, N blocks, V vocab.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from lfm.config import ModelConfig
 from lfm.kernels.attention import rope_tables
 from lfm.kernels.forward_batch import CacheTensors, ForwardBatch
+from lfm.kernels.weights import Linear, Norm, Rope, Router
 from lfm.model.ops import Ops
 
 
@@ -30,9 +30,25 @@ class Weight(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
 
+    @property
+    def linear(self) -> Linear:
+        return Linear(self.weight, self.bias)
+
+
+class RmsNorm(Weight):
+    """The weight of an RMSNorm."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size)
+        self.eps = eps
+
+    @property
+    def norm(self) -> Norm:
+        return Norm(self.weight, self.eps)
+
 
 class ShortConv(nn.Module):
-    """Parameters of one short convolution; in_proj's rows are B, C, x."""
+    """One short convolution; in_proj's rows are B, C, x."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -41,37 +57,36 @@ class ShortConv(nn.Module):
         self.conv = Weight(hidden, 1, config.conv_L_cache, bias=bias)
         self.out_proj = Weight(hidden, hidden, bias=bias)
 
-    def forward(self, x_TD: Tensor, batch: ForwardBatch, tails_NLD: Tensor, ops: Ops) -> Tensor:
-        bcx_T3D = ops.project(x_TD, self.in_proj.weight, self.in_proj.bias)
-        y_TD = ops.short_conv(bcx_T3D, self.conv.weight[:, 0], self.conv.bias, batch, tails_NLD)
-        return ops.project(y_TD, self.out_proj.weight, self.out_proj.bias)
+    def forward(self, h_TD: Tensor, norm: Norm, batch: ForwardBatch, tails_NLD: Tensor, ops: Ops) -> Tensor:
+        conv = Linear(self.conv.weight[:, 0], self.conv.bias)
+        y_TD = ops.conv_in(h_TD, norm, self.in_proj.linear, conv, batch, tails_NLD)
+        return ops.project_add(h_TD, y_TD, self.out_proj.linear)
 
 
 class Attention(nn.Module):
-    """Parameters of one grouped-query attention."""
+    """One grouped-query attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        hidden, self.head_dim, self.eps = config.hidden_size, config.head_dim, config.norm_eps
-        self.q_proj = Weight(config.num_attention_heads * self.head_dim, hidden)
-        self.k_proj = Weight(config.num_key_value_heads * self.head_dim, hidden)
-        self.v_proj = Weight(config.num_key_value_heads * self.head_dim, hidden)
-        self.out_proj = Weight(hidden, config.num_attention_heads * self.head_dim)
-        self.q_layernorm = Weight(self.head_dim)
-        self.k_layernorm = Weight(self.head_dim)
+        hidden, head_dim = config.hidden_size, config.head_dim
+        self.q_proj = Weight(config.num_attention_heads * head_dim, hidden)
+        self.k_proj = Weight(config.num_key_value_heads * head_dim, hidden)
+        self.v_proj = Weight(config.num_key_value_heads * head_dim, hidden)
+        self.out_proj = Weight(hidden, config.num_attention_heads * head_dim)
+        self.q_layernorm = RmsNorm(head_dim, config.norm_eps)
+        self.k_layernorm = RmsNorm(head_dim, config.norm_eps)
+        self.merged_qkv: Tensor | None = None  # set by `pack`: q, k and v are views of it
 
     def forward(
-        self, x_TD: Tensor, batch: ForwardBatch, kv: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor], ops: Ops
+        self, h_TD: Tensor, norm: Norm, rope: Rope, batch: ForwardBatch, kv: tuple[Tensor, Tensor], ops: Ops
     ) -> Tensor:
-        def heads(projection: Weight) -> Tensor:
-            return ops.project(x_TD, projection.weight, None).view(x_TD.shape[0], -1, self.head_dim)
-
-        q_norm, k_norm = self.q_layernorm.weight, self.k_layernorm.weight
-        q, k, v = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
-        q, k, v = ops.qkv_rope(q, k, v, q_norm, k_norm, self.eps, rope)
-        ops.write_kv(k, v, batch, *kv)
-        o_THK = ops.attend(q, k, v, batch, *kv)
-        return ops.project(o_THK.flatten(1), self.out_proj.weight, None)
+        qkv = self.merged_qkv
+        if qkv is None:
+            qkv = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
+        q_norm, k_norm = self.q_layernorm.norm, self.k_layernorm.norm
+        q_THK, k_TGK, v_TGK = ops.qkv(h_TD, norm, Linear(qkv), q_norm, k_norm, rope, batch, *kv)
+        o_THK = ops.attend(q_THK, k_TGK, v_TGK, batch, *kv)
+        return ops.project_add(h_TD, o_THK.flatten(1), self.out_proj.linear)
 
 
 class DenseFeedForward(nn.Module):
@@ -82,10 +97,13 @@ class DenseFeedForward(nn.Module):
         self.w1 = Weight(config.intermediate_size, config.hidden_size)
         self.w3 = Weight(config.intermediate_size, config.hidden_size)
         self.w2 = Weight(config.hidden_size, config.intermediate_size)
+        self.merged_gate_up: Tensor | None = None  # set by `pack`: w1 and w3 are views of it
 
-    def forward(self, x_TD: Tensor, ops: Ops) -> Tensor:
-        gate, up = ops.project(x_TD, self.w1.weight, None), ops.project(x_TD, self.w3.weight, None)
-        return ops.project(silu(gate) * up, self.w2.weight, None)
+    def forward(self, h_TD: Tensor, norm: Norm, ops: Ops) -> Tensor:
+        gate_up = self.merged_gate_up
+        if gate_up is None:
+            gate_up = torch.cat((self.w1.weight, self.w3.weight))
+        return ops.dense(h_TD, norm, gate_up, self.w2.weight)
 
 
 class Experts(nn.Module):
@@ -105,27 +123,27 @@ class MoeFeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_chosen, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
-        self.scale = config.routed_scaling_factor
+        self.config = config
         self.gate = Weight(config.num_experts, config.hidden_size)
         self.experts = Experts(config)
         bias = torch.empty(config.num_experts, dtype=torch.float32) if config.use_expert_bias else None
         self.register_buffer("expert_bias", bias)
 
-    def forward(self, x_TD: Tensor, ops: Ops) -> Tensor:
-        chosen_TA, weights_TA = ops.route(
-            x_TD,
-            self.gate.weight,
-            self.expert_bias,
-            num_chosen=self.num_chosen,
-            normalise=self.normalise,
-            scale=self.scale,
+    def forward(self, h_TD: Tensor, norm: Norm, ops: Ops) -> Tensor:
+        config = self.config
+        router = Router(
+            gate=self.gate.weight,
+            bias=self.expert_bias,
+            num_chosen=config.num_experts_per_tok,
+            normalise=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
         )
-        return ops.experts(x_TD, chosen_TA, weights_TA, self.experts.gate_up_proj, self.experts.down_proj)
+        x_TD, chosen_TA, weights_TA = ops.route(h_TD, norm, router)
+        return ops.experts(h_TD, x_TD, chosen_TA, weights_TA, self.experts.gate_up_proj, self.experts.down_proj)
 
 
 class Layer(nn.Module):
-    """One decoder layer's parameters: an operator and a feed-forward, each behind its norm."""
+    """One decoder layer: an operator and a feed-forward, each behind its norm."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -134,8 +152,19 @@ class Layer(nn.Module):
         else:
             self.self_attn = Attention(config)
         self.feed_forward = MoeFeedForward(config) if config.is_moe_layer(index) else DenseFeedForward(config)
-        self.operator_norm = Weight(config.hidden_size)
-        self.ffn_norm = Weight(config.hidden_size)
+        self.operator_norm = RmsNorm(config.hidden_size, config.norm_eps)
+        self.ffn_norm = RmsNorm(config.hidden_size, config.norm_eps)
+
+    def forward(
+        self, h_TD: Tensor, rope: Rope, batch: ForwardBatch, state: Tensor | tuple[Tensor, Tensor], ops: Ops
+    ) -> Tensor:
+        """The residual stream after the layer [T, D]. `state`: the conv tails, or K and V, of the layer in the pool."""
+        if isinstance(state, tuple):
+            h_TD = self.self_attn(h_TD, self.operator_norm.norm, rope, batch, state, ops)
+        else:
+            h_TD = self.conv(h_TD, self.operator_norm.norm, batch, state, ops)
+        out_TD: Tensor = self.feed_forward(h_TD, self.ffn_norm.norm, ops)
+        return out_TD
 
 
 class Backbone(nn.Module):
@@ -145,7 +174,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
-        self.embedding_norm = Weight(config.hidden_size)
+        self.embedding_norm = RmsNorm(config.hidden_size, config.norm_eps)
 
 
 class Lfm2(nn.Module):
@@ -157,36 +186,37 @@ class Lfm2(nn.Module):
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = Weight(config.vocab_size, config.hidden_size)
+        self._rope: Rope | None = None
 
     def forward(self, batch: ForwardBatch, cache: CacheTensors | None, ops: Ops) -> Tensor:
         """Hidden states after the final norm [T, D]; K, V and conv tails of the step go to `cache`, if there is one."""
-        config = self.config
         h_TD = torch.nn.functional.embedding(batch.ids_T, self.model.embed_tokens.weight)
-        rope = rope_tables(batch.positions_T, config.head_dim, config.rope_theta, h_TD.dtype)
-        states = _cache_slots(config, cache, h_TD)
-        delta_TD: Tensor | None = None
-        for layer, state in zip(self.model.layers, states, strict=True):
-            assert isinstance(layer, Layer)
-            h_TD, x_TD = ops.add_norm(h_TD, delta_TD, layer.operator_norm.weight, config.norm_eps)
-            if isinstance(state, tuple):
-                delta_TD = layer.self_attn(x_TD, batch, state, rope, ops)
-            else:
-                delta_TD = layer.conv(x_TD, batch, state, ops)
-            h_TD, x_TD = ops.add_norm(h_TD, delta_TD, layer.ffn_norm.weight, config.norm_eps)
-            delta_TD = layer.feed_forward(x_TD, ops)
-        return ops.add_norm(h_TD, delta_TD, self.model.embedding_norm.weight, config.norm_eps)[1]
+        rope = self.rope(batch.num_positions)
+        for layer, state in zip(self.model.layers, _states(self.config, cache, h_TD), strict=True):
+            h_TD = layer(h_TD, rope, batch, state, ops)
+        return ops.norm(h_TD, self.model.embedding_norm.norm)
 
     def head(self, hidden_RD: Tensor, ops: Ops) -> Tensor:
         """Logits [R, V] of the rows that need a token."""
-        tied = self.config.tie_word_embeddings
-        weight_VD = self.model.embed_tokens.weight if tied else self.lm_head.weight
-        return ops.project(hidden_RD, weight_VD, None)
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return ops.head(hidden_RD, head.linear)
+
+    def rope(self, num_positions: int) -> Rope:
+        """Rotary tables for at least `num_positions`; kept, and made again only when a longer one is asked for."""
+        weight, config = self.model.embed_tokens.weight, self.config
+        kept = self._rope
+        if kept is None or len(kept.cos) < num_positions or kept.cos.device != weight.device:
+            kept = rope_tables(
+                num_positions, config.head_dim, config.rope_theta, dtype=weight.dtype, device=weight.device
+            )
+            self._rope = kept
+        return kept
 
 
-def _cache_slots(config: ModelConfig, cache: CacheTensors | None, like: Tensor) -> list[Tensor | tuple[Tensor, Tensor]]:
+def _states(config: ModelConfig, cache: CacheTensors | None, like: Tensor) -> list[Tensor | tuple[Tensor, Tensor]]:
     """Per layer: (K, V) of an attention layer, or the tails of a conv layer; empty tensors where there is no cache."""
     if cache is None:
-        nothing = like.new_empty(0)
-        return [nothing if kind == "conv" else (nothing, nothing) for kind in config.layer_types]
+        no_tails, no_kv = like.new_empty(0), like.new_empty(0, config.num_key_value_heads, 0, config.head_dim)
+        return [no_tails if kind == "conv" else (no_kv, no_kv) for kind in config.layer_types]
     tails, kv = iter(cache.tails), iter(zip(cache.k, cache.v, strict=True))
     return [next(tails) if kind == "conv" else next(kv) for kind in config.layer_types]

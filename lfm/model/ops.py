@@ -9,34 +9,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
-from torch.nn.functional import linear
 
-from lfm.kernels.attention import attend_packed, attend_ref, qkv_rope_ref, write_kv_ref
+from lfm.kernels.attention import attend_packed, attend_ref, qkv_ref
 from lfm.kernels.experts import experts, experts_ref
 from lfm.kernels.forward_batch import ForwardBatch
-from lfm.kernels.norm import add_norm_ref
+from lfm.kernels.norm import dense_ref, project_add_ref, project_ref, rms_norm_ref
 from lfm.kernels.router import route_ref
-from lfm.kernels.short_conv import short_conv_packed, short_conv_ref
+from lfm.kernels.short_conv import conv_in_packed, conv_in_ref
+from lfm.kernels.weights import Linear, Norm, Rope, Router
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ops:
-    """One implementation of every semantic op. Shapes are in each op's own module."""
+    """One implementation of every semantic op, in the order of a layer. Shapes are in each op's own module."""
 
-    add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]] = add_norm_ref
-    project: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
-    short_conv: Callable[[Tensor, Tensor, Tensor | None, ForwardBatch, Tensor], Tensor]
-    qkv_rope: Callable[..., tuple[Tensor, Tensor, Tensor]] = qkv_rope_ref
-    write_kv: Callable[[Tensor, Tensor, ForwardBatch, Tensor, Tensor], None]
+    conv_in: Callable[[Tensor, Norm, Linear, Linear, ForwardBatch, Tensor], Tensor]
+    qkv: Callable[
+        [Tensor, Norm, Linear, Norm, Norm, Rope, ForwardBatch, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
+    ] = qkv_ref
     attend: Callable[[Tensor, Tensor, Tensor, ForwardBatch, Tensor, Tensor], Tensor]
-    route: Callable[..., tuple[Tensor, Tensor]] = route_ref
-    experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = experts_ref
+    project_add: Callable[[Tensor, Tensor, Linear], Tensor] = project_add_ref
+    dense: Callable[[Tensor, Norm, Tensor, Tensor], Tensor] = dense_ref
+    route: Callable[[Tensor, Norm, Router], tuple[Tensor, Tensor, Tensor]] = route_ref
+    experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = experts_ref
+    norm: Callable[[Tensor, Norm], Tensor] = rms_norm_ref
+    head: Callable[[Tensor, Linear], Tensor] = project_ref
 
 
-def _write_nothing(k_TGK: Tensor, v_TGK: Tensor, batch: ForwardBatch, k_NGBK: Tensor, v_NGBK: Tensor) -> None:
-    """Training keeps no cache."""
-
-
-PACKED = Ops(short_conv=short_conv_packed, write_kv=_write_nothing, attend=attend_packed)
-REFERENCE = Ops(short_conv=short_conv_ref, write_kv=write_kv_ref, attend=attend_ref)
+PACKED = Ops(conv_in=conv_in_packed, attend=attend_packed)
+REFERENCE = Ops(conv_in=conv_in_ref, attend=attend_ref)
 FAST = replace(REFERENCE, experts=experts)

@@ -31,6 +31,7 @@ def batch_of(chunks: list[tuple[int, int, list[int]]], block_size: int, device: 
         rows_T=ints(rows),
         slots_T=ints(slots),
         starts_S=ints([start for start, _, _ in chunks]),
+        row_starts_S1=ints(row_starts),
         block_tables_SN=ints([table + [0] * (longest - len(table)) for _, _, table in chunks]),
         tail_read_S=ints(tail_read),
         tail_write_W=ints(tail_write),
@@ -38,6 +39,7 @@ def batch_of(chunks: list[tuple[int, int, list[int]]], block_size: int, device: 
         sample_T=ints([end - 1 for end in row_starts[1:]]),
         row_starts=tuple(row_starts),
         starts=tuple(start for start, _, _ in chunks),
+        num_positions=max(end for _, end, _ in chunks),
     )
 
 

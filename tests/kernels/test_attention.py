@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from lfm.kernels import attention
-from lfm.kernels.attention import attend_packed, attend_ref, qkv_rope_ref, rope_tables, write_kv_ref
+from lfm.kernels.attention import attend_packed, attend_ref, qkv_ref, rope_tables, write_kv_ref
+from lfm.kernels.weights import Linear, Norm
 from tests.kernels.paged import batch_of, garbage
 
 HEADS, GROUPS, HEAD_DIM = 4, 2, 6
@@ -92,16 +93,41 @@ def test_packed_attention_keeps_rows_apart() -> None:
 
 
 def test_rotation_depends_on_relative_positions_only() -> None:
-    """Source of the form: rotate-half; scores of q at p and k at r depend on p - r."""
-    q, k, v = qkv(1)
-    ones = torch.ones(HEAD_DIM, dtype=torch.float64)
+    """Source of the form: rotate-half; scores of q at p and k at r depend on p - r. Norms come before it."""
+    h = torch.randn(1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = torch.randn(
+        (HEADS + 2 * GROUPS) * HEAD_DIM, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    norms = [Norm(1 + 0.1 * torch.arange(size, dtype=torch.float64), 1e-5) for size in (8, HEAD_DIM, HEAD_DIM)]
+    rope = rope_tables(200, HEAD_DIM, 10000.0, dtype=torch.float64, device=torch.device("cpu"))
+
+    def at(position: int) -> tuple[Tensor, Tensor, Tensor]:
+        batch = batch_of([(position, position + 1, list(range(1, 60)))], 4)
+        return qkv_ref(h, norms[0], Linear(weight), norms[1], norms[2], rope, batch, *new_pool(61, 4))
 
     def score(q_at: int, k_at: int) -> float:
-        rope_q = rope_tables(torch.tensor([q_at]), HEAD_DIM, 10000.0, torch.float64)
-        rope_k = rope_tables(torch.tensor([k_at]), HEAD_DIM, 10000.0, torch.float64)
-        rotated_q = qkv_rope_ref(q, k, v, ones, ones, 1e-5, rope_q)[0]
-        rotated_k = qkv_rope_ref(q, k, v, ones, ones, 1e-5, rope_k)[1]
-        return float(rotated_q[0, 0] @ rotated_k[0, 0])
+        return float(at(q_at)[0][0, 0] @ at(k_at)[1][0, 0])
 
     assert score(5, 2) == pytest.approx(score(103, 100), rel=1e-5)
     assert score(5, 2) != pytest.approx(score(5, 3), rel=1e-3)
+    normed = h / (h.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norms[0].weight
+    q, _, v = at(0)
+    raw = (normed @ weight.T).view(-1, HEAD_DIM)
+    torch.testing.assert_close(v[0], raw[HEADS + GROUPS :])
+    expected_q = raw[:HEADS] / (raw[:HEADS].pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norms[1].weight
+    torch.testing.assert_close(q[0], expected_q)
+
+
+def test_k_and_v_are_written_where_the_table_says() -> None:
+    pool = new_pool(4, 4)
+    h = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn((HEADS + 2 * GROUPS) * HEAD_DIM, 8, dtype=torch.float64)
+    norms = [Norm(torch.ones(size, dtype=torch.float64), 1e-5) for size in (8, HEAD_DIM, HEAD_DIM)]
+    rope = rope_tables(8, HEAD_DIM, 10000.0, dtype=torch.float64, device=torch.device("cpu"))
+    batch = batch_of([(2, 7, [3, 1])], 4)
+    _, k, v = qkv_ref(h, norms[0], Linear(weight), norms[1], norms[2], rope, batch, *pool)
+    for token, position in enumerate(range(2, 7)):
+        block, offset = (3, 1)[position // 4], position % 4
+        assert torch.equal(pool[0][block, :, offset], k[token])
+        assert torch.equal(pool[1][block, :, offset], v[token])
+    assert int(pool[0].isfinite().all(-1).all(1).sum()) == 5

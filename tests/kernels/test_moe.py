@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from lfm.kernels.experts import experts, experts_ref
-from lfm.kernels.norm import add_norm_ref, rms_norm_ref
+from lfm.kernels.norm import dense_ref, project_add_ref, rms_norm_ref
 from lfm.kernels.router import route_ref
+from lfm.kernels.weights import Linear, Norm, Router
 
 TOKENS, HIDDEN, EXPERTS, WIDTH = 7, 6, 5, 4
 
@@ -32,7 +33,7 @@ def test_experts_equal_the_formula(num_tokens: int, num_chosen: int) -> None:
     chosen = torch.stack([torch.randperm(EXPERTS)[:num_chosen] for _ in range(num_tokens)])
     weights = draw(num_tokens, num_chosen, seed=2).abs()
     expected = naive_experts(x, chosen, weights, gate_up, down)
-    torch.testing.assert_close(experts_ref(x, chosen, weights, gate_up, down), expected)
+    torch.testing.assert_close(experts_ref(x, x, chosen, weights, gate_up, down), x + expected)
 
 
 def test_experts_that_nobody_chose_are_skipped() -> None:
@@ -40,17 +41,17 @@ def test_experts_that_nobody_chose_are_skipped() -> None:
     gate_up[0] = gate_up[4] = float("nan")
     chosen = torch.tensor([[1, 3]] * TOKENS)
     weights = torch.full((TOKENS, 2), 0.5, dtype=torch.float64)
-    got = experts_ref(x, chosen, weights, gate_up, down)
-    torch.testing.assert_close(got, naive_experts(x, chosen, weights, gate_up, down))
+    got = experts_ref(x, x, chosen, weights, gate_up, down)
+    torch.testing.assert_close(got, x + naive_experts(x, chosen, weights, gate_up, down))
 
 
 def test_a_token_s_result_does_not_depend_on_its_neighbours() -> None:
     x, gate_up, down = draw(TOKENS, HIDDEN), draw(EXPERTS, 2 * WIDTH, HIDDEN, seed=1), draw(EXPERTS, HIDDEN, WIDTH)
     chosen = torch.stack([torch.randperm(EXPERTS)[:3] for _ in range(TOKENS)])
     weights = draw(TOKENS, 3, seed=2)
-    together = experts_ref(x, chosen, weights, gate_up, down)
+    together = experts_ref(x, x, chosen, weights, gate_up, down)
     order = torch.randperm(TOKENS)
-    shuffled = experts_ref(x[order], chosen[order], weights[order], gate_up, down)
+    shuffled = experts_ref(x[order], x[order], chosen[order], weights[order], gate_up, down)
     torch.testing.assert_close(together[order], shuffled)
 
 
@@ -67,13 +68,14 @@ def test_grouped_experts_equal_the_reference_on_a_gpu(num_tokens: int) -> None:
     scores = torch.rand(num_tokens, 15, generator=generator, device="cuda")
     chosen = scores.topk(4).indices
     shares = torch.rand(num_tokens, 4, generator=generator, device="cuda")
-    exact = experts_ref(x.double(), chosen, shares.double(), gate_up.double(), down.double())
+    h = torch.zeros_like(x)
+    exact = experts_ref(h.double(), x.double(), chosen, shares.double(), gate_up.double(), down.double())
 
     def error(result: Tensor) -> float:
         return float((result.double() - exact).norm() / exact.norm())
 
-    allowed = 1.2 * error(experts_ref(x, chosen, shares, gate_up, down))
-    assert error(experts(x, chosen, shares, gate_up, down)) <= allowed
+    allowed = 1.2 * error(experts_ref(h, x, chosen, shares, gate_up, down))
+    assert error(experts(h, x, chosen, shares, gate_up, down)) <= allowed
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -81,8 +83,10 @@ def test_grouped_experts_equal_the_reference_on_a_gpu(num_tokens: int) -> None:
 def test_the_bias_selects_but_does_not_weigh(normalise: bool, has_bias: bool) -> None:
     x, gate = draw(TOKENS, HIDDEN), draw(EXPERTS, HIDDEN, seed=1)
     bias = torch.tensor([0.0, 9.0, 0.0, 0.0, -9.0]) if has_bias else None
-    chosen, weights = route_ref(x, gate, bias, num_chosen=2, normalise=normalise, scale=2.5)
-    scores = torch.sigmoid(x @ gate.T)
+    norm = Norm(draw(HIDDEN, seed=2), 1e-5)
+    normed, chosen, weights = route_ref(x, norm, Router(gate, bias, 2, normalise, 2.5))
+    torch.testing.assert_close(normed, rms_norm_ref(x, norm))
+    scores = torch.sigmoid(normed @ gate.T)
     for t in range(TOKENS):
         ranked = sorted(range(EXPERTS), key=lambda e: -float(scores[t, e] + (bias[e] if has_bias else 0)))
         assert chosen[t].tolist() == ranked[:2]
@@ -93,17 +97,19 @@ def test_the_bias_selects_but_does_not_weigh(normalise: bool, has_bias: bool) ->
         assert (chosen == 1).any(dim=1).all()
 
 
-def test_the_residual_is_added_before_the_norm() -> None:
-    h, delta, weight = draw(3, HIDDEN), draw(3, HIDDEN, seed=1), draw(HIDDEN, seed=2)
-    total, normed = add_norm_ref(h, delta, weight, 1e-5)
-    torch.testing.assert_close(total, h + delta)
-    expected = total / (total.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
-    torch.testing.assert_close(normed, expected)
-    assert add_norm_ref(h, None, weight, 1e-5)[0] is h
+def test_projection_and_dense_feed_forward_add_the_residual() -> None:
+    h, x, weight = draw(3, HIDDEN), draw(3, 4, seed=1), draw(HIDDEN, 4, seed=2)
+    torch.testing.assert_close(project_add_ref(h, x, Linear(weight, None)), h + x @ weight.T)
+    norm = Norm(draw(HIDDEN, seed=3), 1e-5)
+    gate_up, down = draw(2 * WIDTH, HIDDEN, seed=4), draw(HIDDEN, WIDTH, seed=5)
+    normed = h / (h.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    gate, up = (normed @ gate_up.T).chunk(2, dim=-1)
+    expected = h + (gate * gate.sigmoid() * up) @ down.T
+    torch.testing.assert_close(dense_ref(h, norm, gate_up, down), expected)
 
 
 def test_a_bf16_norm_accumulates_in_fp32() -> None:
     x = (draw(4, 512) * 100).bfloat16()
     ones = torch.ones(512, dtype=torch.bfloat16)
     exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-    assert torch.equal(rms_norm_ref(x, ones, 1e-5), exact.float().bfloat16())
+    assert torch.equal(rms_norm_ref(x, Norm(ones, 1e-5)), exact.float().bfloat16())

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lfm.kernels.short_conv import short_conv_packed, short_conv_ref
+from lfm.kernels.weights import Linear
 from tests.kernels.paged import batch_of, garbage
 
 HIDDEN = 5
@@ -42,7 +43,7 @@ def test_every_split_point_gives_the_whole(window: int, block_size: int) -> None
     for split in range(1, length + 1):
         tails = garbage(len(table) + 1, window - 1, HIDDEN)
         parts = [
-            short_conv_ref(bcx[begin:end], weight, bias, batch_of([(begin, end, table)], block_size), tails)
+            short_conv_ref(bcx[begin:end], Linear(weight, bias), batch_of([(begin, end, table)], block_size), tails)
             for begin, end in ((0, split), (split, length))
             if end > begin
         ]
@@ -53,7 +54,7 @@ def test_every_split_point_gives_the_whole(window: int, block_size: int) -> None
 def test_token_by_token_is_in_place_on_one_block(window: int) -> None:
     bcx, weight, _ = inputs(8, window)
     tails = garbage(2, window - 1, HIDDEN)
-    steps = [short_conv_ref(bcx[t : t + 1], weight, None, batch_of([(t, t + 1, [1])], 8), tails) for t in range(8)]
+    steps = [short_conv_ref(bcx[t : t + 1], Linear(weight), batch_of([(t, t + 1, [1])], 8), tails) for t in range(8)]
     torch.testing.assert_close(torch.cat(steps), naive(bcx, weight, None))
 
 
@@ -61,8 +62,8 @@ def test_a_tail_is_the_state_after_the_block_s_last_token() -> None:
     """Continuing after a full block from its tail alone, as a prefix hit does."""
     bcx, weight, _ = inputs(12, 3)
     tails = garbage(5, 2, HIDDEN)
-    short_conv_ref(bcx, weight, None, batch_of([(0, 12, [1, 2, 3])], 4), tails)
-    rest = short_conv_ref(bcx[8:], weight, None, batch_of([(8, 12, [1, 2, 4])], 4), tails)
+    short_conv_ref(bcx, Linear(weight), batch_of([(0, 12, [1, 2, 3])], 4), tails)
+    rest = short_conv_ref(bcx[8:], Linear(weight), batch_of([(8, 12, [1, 2, 4])], 4), tails)
     torch.testing.assert_close(rest, naive(bcx, weight, None)[8:])
 
 
@@ -72,9 +73,9 @@ def test_rows_do_not_see_each_other() -> None:
     chunks = [(0, 7, [1, 2]), (0, 5, [3, 4])]
     packed = torch.cat([first, second])
     expected = torch.cat([naive(first, weight, bias), naive(second, weight, bias)])
-    paged = short_conv_ref(packed, weight, bias, batch_of(chunks, 4), garbage(5, 2, HIDDEN))
+    paged = short_conv_ref(packed, Linear(weight, bias), batch_of(chunks, 4), garbage(5, 2, HIDDEN))
     torch.testing.assert_close(paged, expected)
-    no_cache = short_conv_packed(packed, weight, bias, batch_of(chunks, 4), garbage(0))
+    no_cache = short_conv_packed(packed, Linear(weight, bias), batch_of(chunks, 4), garbage(0))
     torch.testing.assert_close(no_cache, expected)
 
 
@@ -82,14 +83,14 @@ def test_strided_inputs_are_read_right() -> None:
     bcx, weight, _ = inputs(6, 3)
     wide = torch.zeros(6, 6 * HIDDEN, dtype=torch.float64)
     wide[:, ::2] = bcx
-    result = short_conv_ref(wide[:, ::2], weight, None, batch_of([(0, 6, [1, 2])], 4), garbage(3, 2, HIDDEN))
+    result = short_conv_ref(wide[:, ::2], Linear(weight), batch_of([(0, 6, [1, 2])], 4), garbage(3, 2, HIDDEN))
     torch.testing.assert_close(result, naive(bcx, weight, None))
 
 
 def test_bf16_rounds_at_u_and_at_the_convolution() -> None:
     bcx, weight, _ = inputs(32, 3)
     low = bcx.to(torch.bfloat16)
-    got = short_conv_packed(low, weight.to(torch.bfloat16), None, batch_of([(0, 32, [1])], 32), garbage(0))
+    got = short_conv_packed(low, Linear(weight.to(torch.bfloat16)), batch_of([(0, 32, [1])], 32), garbage(0))
     b, c, x = low.chunk(3, dim=-1)
     u = (b * x).float()
     conv = torch.nn.functional.conv1d(

@@ -66,7 +66,6 @@ def chat(
         max_model_len=max_model_len,
         memory_fraction=memory_fraction,
         plain_loop=plain_loop,
-        max_running=1,
     )
     with load_llm(config) as llm:
         Conversation(LocalSpeaker(llm, requested=requested, max_tokens=max_tokens), system=system).run()

@@ -61,7 +61,6 @@ def generate(
         max_model_len=max_model_len,
         memory_fraction=memory_fraction,
         plain_loop=plain_loop,
-        max_running=1,
     )
     requested = RequestedSampling(
         temperature=temperature,

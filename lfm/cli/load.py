@@ -249,7 +249,7 @@ def write_report(report: Report, path: Path | None) -> None:
 def print_report(report: Report) -> None:
     """A table for people, then one JSON line for programs."""
     load = f"{report.rate:g} requests/s" if report.rate is not None else f"{report.concurrency} at once"
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"{report.requests - report.failed} of {report.requests} requests answered, {report.loop} loop, {load}: "
         f"{report.input_tokens:,.0f} tokens in, {report.output_tokens:,.0f} out each, {report.duration_s:.2f} s"

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.box import SIMPLE
@@ -26,6 +25,7 @@ from lfm.cli.loading import load_llm
 from lfm.cli.terminal import note
 from lfm.config import EngineConfig
 from lfm.errors import InternalError, MachineError
+from lfm.kernels.weights import Norm, Router
 from lfm.llm import LLM
 from lfm.model.limits import PEAKS, Workload, limit_seconds
 from lfm.protocol import EngineRequest, SamplingParams
@@ -175,15 +175,11 @@ def _counted_experts(llm: LLM, workload: Workload) -> Iterator[list[int]]:
     runner, counts = llm.engine.runner, list[int]()
     ops = runner.ops
 
-    def route(
-        x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor | None, *, num_chosen: int, normalise: bool, scale: float
-    ) -> Any:
-        chosen_TA, weights_TA = ops.route(
-            x_TD, gate_ED, bias_E, num_chosen=num_chosen, normalise=normalise, scale=scale
-        )
-        if len(x_TD) <= workload.requests:  # a step with a chunk of a prompt has more tokens than sequences
+    def route(h_TD: Tensor, norm: Norm, router: Router) -> tuple[Tensor, Tensor, Tensor]:
+        x_TD, chosen_TA, weights_TA = ops.route(h_TD, norm, router)
+        if len(h_TD) <= workload.requests:  # a step with a chunk of a prompt has more tokens than sequences
             counts.append(len(set(chosen_TA.flatten().tolist())))
-        return chosen_TA, weights_TA
+        return x_TD, chosen_TA, weights_TA
 
     runner.ops = replace(ops, route=route)
     try:
@@ -222,16 +218,14 @@ def results_file(path: Path | None) -> Iterator[Callable[[Result], None]]:
 
 def print_results(results: Sequence[Result]) -> None:
     """A table for people, then one JSON line per workload for programs."""
-    table = Table(box=SIMPLE)
-    for heading in ("workload", "requests", "in", "out", "median s", "spread", "out tok/s", "total tok/s", "of limit"):
+    table = Table(box=SIMPLE, pad_edge=False)
+    for heading in ("workload", "n x in/out", "median s", "spread", "out tok/s", "all tok/s", "limit"):
         table.add_column(heading, justify="left" if heading == "workload" else "right", no_wrap=True)
     for result in results:
         share = "-" if result.limit_share is None else f"{result.limit_share:.1%}"
         table.add_row(
             result.workload,
-            f"{result.requests:,}",
-            f"{result.input_tokens:,}",
-            f"{result.output_tokens:,}",
+            f"{result.requests} x {result.input_tokens}/{result.output_tokens}",
             f"{statistics.median(result.runs_s):.3f}",
             f"{result.spread:.1%}",
             f"{result.output_tokens_per_s:,.0f}",

@@ -34,6 +34,16 @@ def project_add_ref(h_TD: Tensor, x_TD: Tensor, projection: Linear) -> Tensor:
     return h_TD + linear(x_TD, projection.weight, projection.bias)
 
 
+def norm_project_ref(h_TD: Tensor, norm: Norm, projection: Linear) -> Tensor:
+    """norm(h) W^T + b [T, N]."""
+    return project_ref(rms_norm_ref(h_TD, norm), projection)
+
+
+def norm_project(h_TD: Tensor, norm: Norm, projection: Linear) -> Tensor:
+    """As `norm_project_ref`."""
+    return norm_project_ref(h_TD, norm, projection)
+
+
 def dense_ref(h_TD: Tensor, norm: Norm, gate_up_2ID: Tensor, down_DI: Tensor) -> Tensor:
     """h + down(silu(gate x) * (up x)) with x = norm(h); rows 0..I-1 of `gate_up_2ID` are the gate."""
     gate_TI, up_TI = linear(rms_norm_ref(h_TD, norm), gate_up_2ID).chunk(2, dim=-1)

@@ -191,6 +191,7 @@ class EnginePlan:
     plain_loop: bool
     prefix_caching: bool
     seed: int
+    num_threads: int | None = None  # of CPU arithmetic; None: torch's own choice
     reasons: tuple[str, ...] = ()
 
 

@@ -181,10 +181,15 @@ def test_named_values_are_kept_and_said_to_be_named() -> None:
     )
     chosen = plan(machine=gpu_machine(), config=config)
     for field in fields(EnginePlan):
-        if field.name not in ("reasons", "step_tokens_decoding"):
+        if field.name not in ("reasons", "step_tokens_decoding", "num_threads"):
             assert getattr(chosen, field.name) == getattr(config, field.name), field.name
     assert chosen.step_tokens_decoding == 77
-    assert all(text.endswith(": named") for text in chosen.reasons)
+    assert all(text.endswith(": named") for text in chosen.reasons if "thread" not in text)
+
+
+def test_a_small_model_computes_in_one_thread_and_a_large_one_as_torch_decides() -> None:
+    assert plan(config=EngineConfig(device="cpu")).num_threads == 1
+    assert plan("lfm2-24b-a2b", machine=gpu_machine()).num_threads is None
 
 
 def test_a_small_named_pool_bounds_the_context_that_is_left_open() -> None:

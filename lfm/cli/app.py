@@ -18,6 +18,7 @@ from lfm.cli.chat import chat
 from lfm.cli.generate import generate
 from lfm.cli.info import info
 from lfm.cli.serve import serve
+from lfm.engine.threads import WAIT_ENVIRONMENT
 from lfm.errors import LfmError
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ def run(args: Sequence[str]) -> int:
     is_debug = "--debug" in args or os.environ.get("LFM_DEBUG", "").lower() in ("1", "true", "t", "yes", "y", "on")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("lfm").setLevel(logging.DEBUG if is_debug else logging.INFO)
+    for name, value in WAIT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         return int(app(args=list(args), prog_name="lfm", standalone_mode=False) or 0)
     except typer.TyperException as error:  # a flag that cannot be parsed, an unknown verb

@@ -39,6 +39,8 @@ def build_engine(config: EngineConfig, *, on_phase: Callable[[str], None] = lamb
     started_s = time.monotonic()
     source = resolve_model(config.model, revision=config.revision, on_progress=on_phase)
     plan = plan_engine(config, source.config)
+    if plan.num_threads is not None:
+        torch.set_num_threads(plan.num_threads)
     model = load_model(source, plan, on_phase=on_phase)
     num_ids = num_tokenizer_ids(source)
     engine = assemble_engine(model, plan, num_ids=num_ids, name=source.name)

@@ -27,6 +27,7 @@ GPU_STEP_TOKENS, GPU_STEP_TOKENS_DECODING, CPU_STEP_TOKENS = 8192, 2048, 512
 GPU_MAX_RUNNING, CPU_MAX_RUNNING = 1024, 64
 GPU_BLOCK_SIZE, CPU_BLOCK_SIZE, CPU_BLOCK_SIZE_SMALL = 128, 32, 16
 SMALL_MODEL_PARAMETERS = 1_000_000_000
+ONE_THREAD_PARAMETERS = 20_000_000
 MIN_CONTEXT = 512  # the shortest context worth serving when the user named none
 MIN_TOKENS_PER_RUNNING = 512  # more sequences than the pool has room for at this length would only preempt each other
 CPU_POOL_TOKENS_PER_RUNNING = 2048  # a larger pool would take memory from the user's other programs for nothing
@@ -105,6 +106,7 @@ class _Planner:
             plain_loop=config.plain_loop,
             prefix_caching=config.prefix_caching,
             seed=config.seed,
+            num_threads=self._choose_num_threads(place),
             reasons=tuple(self._reasons),
         )
 
@@ -150,6 +152,12 @@ class _Planner:
             return GPU_STEP_TOKENS, GPU_STEP_TOKENS_DECODING
         self._say(f"{CPU_STEP_TOKENS} tokens per step", "the default on a CPU")
         return CPU_STEP_TOKENS, CPU_STEP_TOKENS
+
+    def _choose_num_threads(self, place: Place) -> int | None:
+        if place.is_gpu or num_parameters(self._model) >= ONE_THREAD_PARAMETERS:
+            return None
+        self._say("1 thread of arithmetic", "threads of so small a model wait for each other longer than they work")
+        return 1
 
     def _most_running(self, place: Place) -> int:
         limit, named = GPU_MAX_RUNNING if place.is_gpu else CPU_MAX_RUNNING, self._config.max_running

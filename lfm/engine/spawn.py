@@ -20,6 +20,7 @@ import msgspec
 from lfm.config import EngineConfig
 from lfm.engine.child import PHASE_S, STACK_DUMP_SIGNAL
 from lfm.engine.lifeline import Heartbeat
+from lfm.engine.threads import WAIT_ENVIRONMENT
 from lfm.engine.wire import Drain, Failed, Report, Setup, data_address, report_decoder, to_exception
 from lfm.errors import InternalError, LfmError
 
@@ -76,7 +77,7 @@ class EngineProcess:
             stdout=PIPE,
             stderr=PIPE,
             limit=MAX_REPORT_BYTES,
-            env={**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"},
+            env={**WAIT_ENVIRONMENT, **os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"},
         )
         engine = cls(process, heartbeat=heartbeat, stuck_seconds=stuck_seconds)
         engine._send(setup)

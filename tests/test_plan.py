@@ -188,8 +188,9 @@ def test_named_values_are_kept_and_said_to_be_named() -> None:
 
 
 def test_a_small_model_computes_in_one_thread_and_a_large_one_as_torch_decides() -> None:
-    assert plan(config=EngineConfig(device="cpu")).num_threads == 1
-    assert plan("lfm2-24b-a2b", machine=gpu_machine()).num_threads is None
+    assert plan(machine=cpu_machine()).num_threads == 1
+    assert plan("random:lfm2-24b-a2b", machine=gpu_machine()).num_threads is None
+    assert plan("random:lfm2-8b-a1b", machine=cpu_machine(60.0)).num_threads is None
 
 
 def test_a_small_named_pool_bounds_the_context_that_is_left_open() -> None:

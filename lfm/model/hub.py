@@ -128,16 +128,36 @@ def download_model(
         if snapshot.is_complete():
             return snapshot.folder
         files = _list_files(api, snapshot)
-        if "config.json" not in files:
-            raise ModelError(f"{repo_id} has no config.json. Give the hub id of a model in Hugging Face layout.")
-        for name in SMALL_FILES:
-            if name in files:
-                snapshot.link(name)
+        _fetch_small_files(files, snapshot)
         ModelConfig.from_folder(snapshot.folder)  # another architecture is refused before 48 GB are fetched
         weights = _weights_among(files, snapshot)
         _check_free_space(weights, snapshot, free_bytes or _free_bytes)
         _fetch_weights(weights, snapshot, on_progress, pause)
     return snapshot.folder
+
+
+def download_description(
+    repo_id: str, *, revision: str | None = None, endpoint: str | None = None, cache_dir: Path | None = None
+) -> Path:
+    """Bring all of a model but its weights into the hub's cache and return the folder: enough to tell what it is.
+
+    What is there already needs no network. Raises what `download_model` raises.
+    """
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
+    with _translated_errors(repo_id, revision, endpoint, cache):
+        api = HfApi(endpoint=endpoint)
+        snapshot = _Snapshot(repo_id, _find_commit(api, repo_id, revision, cache), endpoint, cache)
+        if not all((snapshot.folder / name).exists() for name in _NEEDED_FILES):
+            _fetch_small_files(_list_files(api, snapshot), snapshot)
+    return snapshot.folder
+
+
+def _fetch_small_files(files: Mapping[str, _RemoteFile], snapshot: _Snapshot) -> None:
+    if "config.json" not in files:
+        raise ModelError(f"{snapshot.repo_id} has no config.json. Give the hub id of a model in Hugging Face layout.")
+    for name in SMALL_FILES:
+        if name in files:
+            snapshot.link(name)
 
 
 def _find_commit(api: HfApi, repo_id: str, revision: str | None, cache_dir: Path) -> str:

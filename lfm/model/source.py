@@ -45,6 +45,31 @@ def resolve_model(
     `endpoint` and `cache_dir` are those of the hub's client (None: its own). An existing folder wins over a hub id of
     the same spelling. Raises UsageError if `model` names nothing, ModelError if the model cannot be used.
     """
+    local = _find_local(model, revision)
+    if local is not None:
+        return local
+    # Imported here: the hub's client takes 0.2 s to load, and most starts need no download.
+    from lfm.model.hub import download_model
+
+    folder = download_model(model, revision=revision, endpoint=endpoint, cache_dir=cache_dir, on_progress=on_progress)
+    return ModelSource(model, folder, None, _read_config(folder))
+
+
+def describe_model(
+    model: str, *, revision: str | None = None, endpoint: str | None = None, cache_dir: Path | None = None
+) -> ModelSource:
+    """`resolve_model` without the weights: of a hub id, only the small files are downloaded."""
+    local = _find_local(model, revision)
+    if local is not None:
+        return local
+    from lfm.model.hub import download_description
+
+    folder = download_description(model, revision=revision, endpoint=endpoint, cache_dir=cache_dir)
+    return ModelSource(model, folder, None, _read_config(folder))
+
+
+def _find_local(model: str, revision: str | None) -> ModelSource | None:
+    """What needs no hub; None for a hub id."""
     if model == "builtin":
         raise UsageError(f"The model 'builtin' does not exist yet. Allowed: {_ALLOWED}.")
     if model.startswith(_RANDOM):
@@ -60,13 +85,7 @@ def resolve_model(
     if not _HUB_ID.fullmatch(model):
         shown = model if len(model) <= 200 else f"{model[:200]}..."
         raise UsageError(f"There is no folder {shown!r}, and it is no hub id. Allowed: {_ALLOWED}.")
-    # Imported here: the hub's client takes 0.2 s to load, and most starts need no download.
-    from lfm.model.hub import download_model
-
-    downloaded = download_model(
-        model, revision=revision, endpoint=endpoint, cache_dir=cache_dir, on_progress=on_progress
-    )
-    return ModelSource(model, downloaded, None, _read_config(downloaded))
+    return None
 
 
 def _resolve_preset(model: str) -> ModelSource:

@@ -13,7 +13,7 @@ from lfm.model.checkpoint_files import SINGLE_FILE
 from lfm.model.hf_config import to_hf_config
 from lfm.model.lfm2 import Lfm2
 from lfm.model.presets import PRESETS, fill_random
-from lfm.model.source import ModelSource, resolve_model
+from lfm.model.source import ModelSource, describe_model, resolve_model
 from lfm.model.weights import load_weights, save_weights
 from tests.model.fake_hub import REPO, FakeHub, serve
 
@@ -118,6 +118,22 @@ def hub() -> Iterator[FakeHub]:
     with serve(FakeHub()) as hub:
         yield hub
     huggingface_hub.close_session()
+
+
+def test_a_hub_id_is_described_without_its_weights(hub: FakeHub, tmp_path: Path) -> None:
+    files = {"config.json": json.dumps(to_hf_config(TINY)).encode(), "tokenizer.json": b"{}", SINGLE_FILE: b"x" * 1000}
+    hub.commit(files, "main")
+    for _ in range(2):  # the second time from the cache
+        source = describe_model(REPO, endpoint=hub.endpoint, cache_dir=tmp_path)
+        assert (source.name, source.preset, source.config) == (REPO, None, TINY)
+        assert source.folder is not None
+        assert {path.name for path in source.folder.iterdir()} == {"config.json", "tokenizer.json"}
+    assert not hub.storage_requests()
+
+
+def test_a_preset_and_a_folder_are_described_as_they_are_resolved(folder: Path) -> None:
+    for model in ("random:tiny", str(folder)):
+        assert describe_model(model) == resolve_model(model)
 
 
 def test_a_hub_id_is_downloaded_and_loads(hub: FakeHub, tmp_path: Path) -> None:

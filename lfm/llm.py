@@ -22,7 +22,7 @@ from lfm.chat.tokenizer import Tokenizer
 from lfm.config import EngineConfig
 from lfm.errors import InternalError, LfmError, RequestError
 from lfm.model.progress import ignore_progress
-from lfm.model.source import resolve_model
+from lfm.model.source import describe_model, resolve_model
 from lfm.protocol import EngineRequest, ErrorInfo, FinishReason, SamplingParams, TokenEvent
 
 if TYPE_CHECKING:
@@ -51,8 +51,11 @@ class LLM:
     ) -> None:
         """Load the model; `on_phase` gets a line of progress now and then. Raises LfmError for a model or a machine."""
         from lfm.engine.build import build_engine
+        from lfm.engine.plan import plan_engine
 
         config = EngineConfig() if config is None else config
+        description = describe_model(config.model, revision=config.revision)
+        plan_engine(config, description.config)  # refuses what cannot fit before it is downloaded
         self.source = resolve_model(config.model, revision=config.revision, on_progress=on_phase)
         self.tokenizer = Tokenizer.for_source(self.source.folder, self.source.config)
         self.defaults: SamplingDefaults = defaults_for_source(self.source.folder, self.source.config)

@@ -37,7 +37,7 @@ def info(
     from rich.console import Console
 
     from lfm.engine.machine import probe_machine
-    from lfm.model.source import resolve_model
+    from lfm.model.source import describe_model
 
     config = EngineConfig(
         model=model,
@@ -47,7 +47,7 @@ def info(
         max_model_len=max_model_len,
         memory_fraction=memory_fraction,
     )
-    source = resolve_model(model, revision=revision)
+    source = describe_model(model, revision=revision)
     machine = probe_machine()
     console = Console(highlight=False)
     console.print(_model_table(source))

@@ -18,6 +18,7 @@ import orjson
 import uvloop
 
 from lfm.cli.api_process import ApiProcesses, make_app
+from lfm.cli.fit_check import check_before_download
 from lfm.cli.terminal import PhaseLine
 from lfm.config import EngineConfig, ServerConfig
 from lfm.engine.process import EngineClient
@@ -50,6 +51,7 @@ def run_service(engine_config: EngineConfig, server_config: ServerConfig) -> Non
     sock.listen(LISTEN_BACKLOG)
     phases = PhaseLine()
     try:
+        check_before_download(engine_config)
         source = resolve_model(engine_config.model, revision=engine_config.revision, on_progress=phases)
         if source.folder is not None:  # a restarted engine must not find another revision
             engine_config = replace(engine_config, model=str(source.folder), revision=None)

@@ -159,7 +159,7 @@ def test_a_wrong_value_in_the_environment_is_wrong_usage(lfm: Lfm, monkeypatch: 
 def test_a_port_in_use_is_the_machine_s_fault_and_found_before_the_model_loads(
     lfm: Lfm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "resolve_model", raising(AssertionError("the model was looked for")))
+    monkeypatch.setattr(service, "check_before_download", raising(AssertionError("the model was looked for")))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lfm.engine.block_tables import BlockTables
 from lfm.engine.sampling_rows import RowStart
 from lfm.engine.sequence import Sequence
 from lfm.engine.step import ScheduledBatch, ScheduledRow
@@ -24,7 +25,6 @@ class StepTensors:
     """A forward's inputs, and what sampling needs beside the logits."""
 
     forward: ForwardBatch
-    device_rows_S: Tensor  # int64
     sampled_S: tuple[int, ...]  # indices into S of the rows that sample, in order
     sampled_rows_R: Tensor  # int64, their device rows
     sampled_positions_R: Tensor  # int64, positions of the ids to be sampled
@@ -54,16 +54,14 @@ class Buffer:
 
 
 class BatchBuilder:
-    """Builds each step's tensors. Keeps a host copy of every device row's block table, extended as it grows."""
+    """Builds the tensors of steps of any shape."""
 
     def __init__(
         self, *, max_running: int, step_tokens: int, max_model_len: int, block_size: int, device: torch.device
     ) -> None:
-        self._block_size = block_size
-        self._max_model_len = max_model_len
-        self._max_blocks = -(-max_model_len // block_size)
-        self._tables = np.full((max_running, self._max_blocks), SCRATCH_BLOCK, dtype=np.int64)
-        self._num_filled = [0] * max_running
+        self.block_size = block_size
+        self.max_model_len = max_model_len
+        self.tables = BlockTables(max_running=max_running, max_blocks=-(-max_model_len // block_size), device=device)
         max_tokens = max(step_tokens, max_running)
         max_writes = max_tokens // block_size + 2 * max_running
 
@@ -76,17 +74,9 @@ class BatchBuilder:
         self._row_starts = buffer(max_running + 1)
         self._tail_blocks, self._tail_tokens = buffer(max_writes), buffer(max_writes)
         self._sample_tokens, self._sample_rows, self._sample_positions = (buffer(max_running) for _ in range(3))
-        self._block_tables = buffer(max_running * self._max_blocks)
-
-    def starts(self, batch: ScheduledBatch) -> list[RowStart]:
-        """The device rows that begin anew in this step; their block tables are forgotten."""
-        for sequence in batch.started:
-            self._num_filled[sequence.row] = 0
-            self._tables[sequence.row] = SCRATCH_BLOCK
-        return [_row_start(sequence) for sequence in batch.started]
 
     def build(self, batch: ScheduledBatch, last_ids_R: Tensor) -> StepTensors:
-        """Upload one step. `last_ids_R` holds the last sampled id of every device row."""
+        """Upload one step whose tables were extended. `last_ids_R`: the last sampled id of every device row."""
         rows = batch.rows
         sizes = [row.end - row.start for row in rows]
         starts = [row.start for row in rows]
@@ -94,66 +84,52 @@ class BatchBuilder:
         row_starts = np.concatenate(([0], np.cumsum(sizes)))
         rows_of_tokens = np.repeat(np.arange(len(rows)), sizes)
         positions = np.arange(row_starts[-1]) - np.repeat(row_starts[:-1] - starts, sizes)
-        tables_SN = self._block_tables_of(rows, device_rows)
-        blocks = tables_SN[rows_of_tokens, positions // self._block_size]
+        num_blocks = max(len(row.sequence.block_table) for row in rows)
+        tables_SN = self.tables.host[device_rows, :num_blocks]
+        blocks = tables_SN[rows_of_tokens, positions // self.block_size]
         tail_tokens = self._tail_tokens_of(positions, row_starts)
         sampled = [index for index, row in enumerate(rows) if row.samples]
 
         rows_T = self._rows_of_tokens.upload(rows_of_tokens)
         device_rows_S = self._device_rows.upload(device_rows)
-        known_T = self._ids.upload(_known_ids(rows))
-        ids_T = torch.where(known_T == UNKNOWN_ID, last_ids_R[device_rows_S][rows_T], known_T)
-        num_rows, num_blocks = tables_SN.shape
+        known_T = self._ids.upload(known_ids(rows))
         forward = ForwardBatch(
-            ids_T=ids_T,
+            ids_T=torch.where(known_T == UNKNOWN_ID, last_ids_R[device_rows_S][rows_T], known_T),
             positions_T=self._positions.upload(positions),
             rows_T=rows_T,
-            slots_T=self._slots.upload(blocks * self._block_size + positions % self._block_size),
+            slots_T=self._slots.upload(blocks * self.block_size + positions % self.block_size),
             starts_S=self._starts.upload(starts),
             row_starts_S1=self._row_starts.upload(row_starts),
-            block_tables_SN=self._block_tables.upload(tables_SN.ravel()).view(num_rows, num_blocks),
+            block_tables_SN=self.tables.device[device_rows_S, :num_blocks],
             tail_read_S=self._tail_reads.upload(self._tail_reads_of(tables_SN, starts)),
             tail_write_W=self._tail_blocks.upload(blocks[tail_tokens]),
             tail_token_W=self._tail_tokens.upload(tail_tokens),
             sample_T=self._sample_tokens.upload(row_starts[1:][sampled] - 1),
             row_starts=tuple(row_starts.tolist()),
             starts=tuple(starts),
-            num_positions=self._max_model_len,
+            num_positions=self.max_model_len,
         )
         return StepTensors(
             forward=forward,
-            device_rows_S=device_rows_S,
             sampled_S=tuple(sampled),
             sampled_rows_R=self._sample_rows.upload([device_rows[index] for index in sampled]),
             sampled_positions_R=self._sample_positions.upload([rows[index].end for index in sampled]),
         )
 
-    def _block_tables_of(self, rows: list[ScheduledRow], device_rows: list[int]) -> Ints:
-        """Block tables [S, N] of these rows, up to the longest; appends the blocks that are new since the last step."""
-        longest = 0
-        for row in rows:
-            table, device_row = row.sequence.block_table, row.sequence.row
-            filled = self._num_filled[device_row]
-            if filled < len(table):
-                self._tables[device_row, filled : len(table)] = table[filled:]
-                self._num_filled[device_row] = len(table)
-            longest = max(longest, len(table))
-        return self._tables[device_rows, :longest]
-
     def _tail_tokens_of(self, positions: Ints, row_starts: Ints) -> Ints:
         """Indices into T of the last token that a row computes in each block it touches."""
-        is_last = (positions + 1) % self._block_size == 0
+        is_last = (positions + 1) % self.block_size == 0
         is_last[row_starts[1:] - 1] = True
         return np.flatnonzero(is_last)
 
     def _tail_reads_of(self, tables_SN: Ints, starts: list[int]) -> Ints:
         """The block of position start - 1 of each row; the scratch block where a row starts at 0."""
         before = np.array(starts) - 1
-        blocks = tables_SN[np.arange(len(starts)), np.maximum(before, 0) // self._block_size]
+        blocks = tables_SN[np.arange(len(starts)), np.maximum(before, 0) // self.block_size]
         return np.where(before >= 0, blocks, SCRATCH_BLOCK)
 
 
-def _known_ids(rows: list[ScheduledRow]) -> list[int]:
+def known_ids(rows: list[ScheduledRow]) -> list[int]:
     """Input ids of the step; UNKNOWN_ID where the host has not read the sample yet."""
     ids: list[int] = []
     for row in rows:
@@ -165,7 +141,8 @@ def _known_ids(rows: list[ScheduledRow]) -> list[int]:
     return ids
 
 
-def _row_start(sequence: Sequence) -> RowStart:
+def row_start(sequence: Sequence) -> RowStart:
+    """What the sampler needs to know of a sequence that begins or resumes."""
     request = sequence.request
     assert request.sampling.seed is not None, "the engine draws a seed at admission"
     return RowStart(

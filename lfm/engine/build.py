@@ -103,8 +103,10 @@ def assemble_engine(
         prefix_caching=plan.prefix_caching,
     )
     info = _plan_info(config, plan, num_blocks)
-    if overlap is None:
-        overlap = runner.is_async and not plan.plain_loop
+    is_fast = runner.is_async and not plan.plain_loop
+    if is_fast and ops.is_capturable:
+        runner.enable_graphs()
+    overlap = is_fast if overlap is None else overlap
     return Engine(scheduler, runner, info, num_ids=num_ids, overlap=overlap, seed=plan.seed)
 
 

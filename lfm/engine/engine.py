@@ -109,6 +109,7 @@ class Engine:
             host_s += time.perf_counter() - started_s
             self._rates.record(launched.batch)
         self.host_ms.append(host_s * 1e3)
+        self.runner.between_steps()
         if not self.has_work():
             self.scheduler.check()
         return events

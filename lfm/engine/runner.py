@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lfm.engine.batch import BatchBuilder, StepTensors
+from lfm.engine.answers import entries, logprobs_to_host, to_host
+from lfm.engine.batch import BatchBuilder, StepTensors, row_start
+from lfm.engine.graphs import DecodeGraph, DecodeGraphs
 from lfm.engine.sampler import Logprobs, SampleOutput, sample, token_logprobs
 from lfm.engine.sampling_rows import SamplingRows
 from lfm.engine.step import ScheduledBatch, ScheduledRow, StepResult
@@ -19,29 +21,36 @@ from lfm.protocol import TokenLogprob
 
 # Prompt tokens per pass over the head: bounds the logits of a prompt that asks for its log-probabilities.
 PROMPT_LOGPROBS_PASS = 256
+PromptLogprobs = dict[int, tuple[Tensor, Logprobs]]  # per row of the batch: target ids and their log-probabilities
 
 
 @dataclass(slots=True)
 class Forwarded:
-    """A forward on its way: what sampling and reading need of it. Nothing here has been waited for."""
+    """A forward on its way: what sampling and reading need of it. Nothing here has been waited for.
+
+    `graph` is the replayed decode graph, whose rows are the batch's rows and padding; else None.
+    """
 
     batch: ScheduledBatch
-    step: StepTensors
+    sampled_S: tuple[int, ...]
+    sampled_rows_R: Tensor
+    sampled_positions_R: Tensor
     logits_RV: Tensor
     is_finite_S: Tensor
-    prompt_logprobs: dict[int, tuple[Tensor, Logprobs]]  # per row of the batch: (target ids, their log-probabilities)
+    prompt_logprobs: PromptLogprobs
+    graph: DecodeGraph | None = None
 
 
 @dataclass(slots=True)
 class Launched:
-    """A step on its way. `done` is None where the device is the host."""
+    """A step on its way, everything copied to the host. `done` is None where the device is the host."""
 
     batch: ScheduledBatch
     sampled_S: tuple[int, ...]
     ids_R: Tensor
     is_finite_S: Tensor
     logprobs: Logprobs | None
-    prompt_logprobs: dict[int, tuple[Tensor, Logprobs]]
+    prompt_logprobs: PromptLogprobs
     done: torch.cuda.Event | None
 
 
@@ -56,21 +65,37 @@ class Runner:
         self.rows = rows
         self.ops = ops
         self._builder = builder
+        self._graphs: DecodeGraphs | None = None
 
     @property
     def is_async(self) -> bool:
         """Whether launching returns before the step is computed, so that the host can work ahead."""
         return self.rows.device.type == "cuda"
 
+    def enable_graphs(self) -> None:
+        """Replay decode steps from CUDA graphs from now on. The cache and the ops must be the final ones."""
+        self._graphs = DecodeGraphs(self.model, self.cache, self.rows, self._builder, self.ops)
+
+    def between_steps(self) -> None:
+        """Work that may delay a step a little: capture a graph that steps have asked for."""
+        if self._graphs is not None:
+            self._graphs.capture_wanted()
+
     @torch.inference_mode()
     def forward(self, batch: ScheduledBatch) -> Forwarded:
         """Launch the model on a scheduled step."""
-        self.rows.start_many(self._builder.starts(batch))
+        self._builder.tables.extend(batch)
+        if batch.started:
+            self.rows.start_many([row_start(sequence) for sequence in batch.started])
+        if self._graphs is not None and (graph := self._graphs.launch(batch)) is not None:
+            return _replayed(batch, graph)
         step = self._builder.build(batch, self.rows.last_ids_R)
         hidden_TD = self.model(step.forward, self.cache, self.ops)
         return Forwarded(
             batch=batch,
-            step=step,
+            sampled_S=step.sampled_S,
+            sampled_rows_R=step.sampled_rows_R,
+            sampled_positions_R=step.sampled_positions_R,
             logits_RV=self.model.head(hidden_TD[step.forward.sample_T], self.ops),
             is_finite_S=_finite_rows(hidden_TD, step.forward.rows_T, len(batch.rows)),
             prompt_logprobs=self._prompt_logprobs(batch, step, hidden_TD),
@@ -79,25 +104,15 @@ class Runner:
     @torch.inference_mode()
     def sample(self, forwarded: Forwarded) -> Launched:
         """Launch sampling of the rows that need a token, and the copy of the answer to the host."""
-        step = forwarded.step
-        output = SampleOutput(step.sampled_rows_R, None)
-        if step.sampled_S:
-            sampled_rows = [forwarded.batch.rows[index].sequence.row for index in step.sampled_S]
-            output = sample(
-                self.rows,
-                forwarded.logits_RV,
-                row_R=step.sampled_rows_R,
-                position_R=step.sampled_positions_R,
-                flags=self.rows.flags(sampled_rows),
-            )
+        output = self._sample(forwarded)
         launched = Launched(
             batch=forwarded.batch,
-            sampled_S=step.sampled_S,
-            ids_R=_to_host(output.ids_R),
-            is_finite_S=_to_host(forwarded.is_finite_S),
-            logprobs=_logprobs_to_host(output.logprobs) if output.logprobs else None,
+            sampled_S=forwarded.sampled_S,
+            ids_R=to_host(output.ids_R),
+            is_finite_S=to_host(forwarded.is_finite_S),
+            logprobs=logprobs_to_host(output.logprobs) if output.logprobs else None,
             prompt_logprobs={
-                index: (_to_host(targets), _logprobs_to_host(logprobs))
+                index: (to_host(targets), logprobs_to_host(logprobs))
                 for index, (targets, logprobs) in forwarded.prompt_logprobs.items()
             },
             done=torch.cuda.Event() if self.is_async else None,  # type: ignore[no-untyped-call]
@@ -106,12 +121,27 @@ class Runner:
             launched.done.record()
         return launched
 
+    def _sample(self, forwarded: Forwarded) -> SampleOutput:
+        if not forwarded.sampled_S:
+            return SampleOutput(forwarded.sampled_rows_R, None)
+        flags = self.rows.flags(forwarded.batch.rows[index].sequence.row for index in forwarded.sampled_S)
+        if forwarded.graph is not None and self._graphs is not None:
+            ids_B = self._graphs.sample(forwarded.graph, flags)
+            if ids_B is not None:
+                return SampleOutput(ids_B[: len(forwarded.sampled_S)], None)
+        return sample(
+            self.rows,
+            forwarded.logits_RV,
+            row_R=forwarded.sampled_rows_R,
+            position_R=forwarded.sampled_positions_R,
+            flags=flags,
+        )
+
     def read(self, launched: Launched) -> StepResult:
         """Wait for a step (the only wait of the engine) and turn its answer into plain Python."""
         if launched.done is not None:
             launched.done.synchronize()
-        num_rows = len(launched.batch.rows)
-        token_ids = [-1] * num_rows
+        token_ids = [-1] * len(launched.batch.rows)
         for index, token_id in zip(launched.sampled_S, launched.ids_R.tolist(), strict=True):
             token_ids[index] = token_id
         return StepResult(
@@ -119,14 +149,12 @@ class Runner:
             is_finite=launched.is_finite_S.tolist(),
             logprobs=_read_logprobs(launched) if launched.logprobs is not None else None,
             prompt_logprobs={
-                index: _entries(targets.tolist(), logprobs, _prompt_top(launched.batch.rows[index]))
+                index: entries(targets.tolist(), logprobs, _prompt_top(launched.batch.rows[index]))
                 for index, (targets, logprobs) in launched.prompt_logprobs.items()
             },
         )
 
-    def _prompt_logprobs(
-        self, batch: ScheduledBatch, step: StepTensors, hidden_TD: Tensor
-    ) -> dict[int, tuple[Tensor, Logprobs]]:
+    def _prompt_logprobs(self, batch: ScheduledBatch, step: StepTensors, hidden_TD: Tensor) -> PromptLogprobs:
         """Log-probabilities of the prompt tokens that follow each position of the chunks that ask for them."""
         found = {}
         for index, row in enumerate(batch.rows):
@@ -135,7 +163,9 @@ class Runner:
             if not sequence.wants_prompt_logprobs or count <= 0:
                 continue
             begin = step.forward.row_starts[index]
-            targets = torch.tensor(sequence.ids[row.start + 1 : row.start + 1 + count], device=hidden_TD.device)
+            targets = torch.tensor(sequence.ids[row.start + 1 : row.start + 1 + count])
+            if self.is_async:
+                targets = targets.pin_memory().to(hidden_TD.device, non_blocking=True)
             found[index] = (targets, self._head_logprobs(hidden_TD[begin : begin + count], targets, _prompt_top(row)))
         return found
 
@@ -148,6 +178,21 @@ class Runner:
         return Logprobs(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
+def _replayed(batch: ScheduledBatch, graph: DecodeGraph) -> Forwarded:
+    """The outputs of a replayed decode graph, cut to the batch's rows; a decode row always samples."""
+    num_rows = len(batch.rows)
+    return Forwarded(
+        batch=batch,
+        sampled_S=tuple(range(num_rows)),
+        sampled_rows_R=graph.device_rows_B[:num_rows],
+        sampled_positions_R=graph.next_positions_B[:num_rows],
+        logits_RV=graph.logits_BV[:num_rows],
+        is_finite_S=graph.is_finite_B[:num_rows],
+        prompt_logprobs={},
+        graph=graph,
+    )
+
+
 def _finite_rows(hidden_TD: Tensor, rows_T: Tensor, num_rows: int) -> Tensor:
     """Whether every hidden state of a row is finite [S]: what a NaN anywhere in its chunk would show in."""
     is_bad_T = (~hidden_TD.isfinite().all(dim=1)).to(torch.int32)
@@ -155,36 +200,16 @@ def _finite_rows(hidden_TD: Tensor, rows_T: Tensor, num_rows: int) -> Tensor:
     return num_bad_S.index_add_(0, rows_T, is_bad_T) == 0
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    """Copy to pinned host memory without waiting; the same tensor where it is on the host already."""
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def _logprobs_to_host(logprobs: Logprobs) -> Logprobs:
-    return Logprobs(*(_to_host(column) for column in logprobs))
-
-
 def _prompt_top(row: ScheduledRow) -> int:
     return row.sequence.request.sampling.prompt_logprobs or 0
-
-
-def _entries(ids: list[int], logprobs: Logprobs, num_top: int) -> list[TokenLogprob]:
-    """Plain objects of a column of log-probabilities, each with its first `num_top` alternatives."""
-    columns = zip(ids, logprobs.chosen_R.tolist(), logprobs.top_ids_RK.tolist(), logprobs.top_RK.tolist(), strict=True)
-    return [
-        TokenLogprob(token_id, value, [pair for pair in zip(top_ids, top, strict=True) if pair[0] >= 0][:num_top])
-        for token_id, value, top_ids, top in columns
-    ]
 
 
 def _read_logprobs(launched: Launched) -> list[TokenLogprob | None]:
     """Per row of the batch, the log-probability of its new id where the request asks for it."""
     assert launched.logprobs is not None
     found: list[TokenLogprob | None] = [None] * len(launched.batch.rows)
-    entries = _entries(launched.ids_R.tolist(), launched.logprobs, launched.logprobs.top_RK.shape[1])
-    for index, entry in zip(launched.sampled_S, entries, strict=True):
+    read = entries(launched.ids_R.tolist(), launched.logprobs, launched.logprobs.top_RK.shape[1])
+    for index, entry in zip(launched.sampled_S, read, strict=True):
         wanted = launched.batch.rows[index].sequence.request.sampling.logprobs
         if wanted is not None:
             found[index] = TokenLogprob(entry.token_id, entry.logprob, entry.top[:wanted])

@@ -39,6 +39,7 @@ class ForwardBatch:
     starts: tuple[int, ...]  # S entries
 
     num_positions: int  # an upper bound of every position + 1
+    is_real_T: Tensor | None = None  # int64, 0 for padding tokens; None where there are none
 
     @property
     def num_rows(self) -> int:

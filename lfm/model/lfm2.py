@@ -99,7 +99,7 @@ class DenseFeedForward(nn.Module):
         self.w2 = Weight(config.hidden_size, config.intermediate_size)
         self.merged_gate_up: Tensor | None = None  # set by `pack`: w1 and w3 are views of it
 
-    def forward(self, h_TD: Tensor, norm: Norm, ops: Ops) -> Tensor:
+    def forward(self, h_TD: Tensor, norm: Norm, batch: ForwardBatch, ops: Ops) -> Tensor:
         gate_up = self.merged_gate_up
         if gate_up is None:
             gate_up = torch.cat((self.w1.weight, self.w3.weight))
@@ -129,7 +129,7 @@ class MoeFeedForward(nn.Module):
         bias = torch.empty(config.num_experts, dtype=torch.float32) if config.use_expert_bias else None
         self.register_buffer("expert_bias", bias)
 
-    def forward(self, h_TD: Tensor, norm: Norm, ops: Ops) -> Tensor:
+    def forward(self, h_TD: Tensor, norm: Norm, batch: ForwardBatch, ops: Ops) -> Tensor:
         config = self.config
         router = Router(
             gate=self.gate.weight,
@@ -139,6 +139,8 @@ class MoeFeedForward(nn.Module):
             scale=config.routed_scaling_factor,
         )
         x_TD, chosen_TA, weights_TA = ops.route(h_TD, norm, router)
+        if batch.is_real_T is not None:  # padding would load experts of its own
+            chosen_TA = torch.where(batch.is_real_T[:, None] > 0, chosen_TA, config.num_experts)
         return ops.experts(h_TD, x_TD, chosen_TA, weights_TA, self.experts.gate_up_proj, self.experts.down_proj)
 
 
@@ -163,7 +165,7 @@ class Layer(nn.Module):
             h_TD = self.self_attn(h_TD, self.operator_norm.norm, rope, batch, state, ops)
         else:
             h_TD = self.conv(h_TD, self.operator_norm.norm, batch, state, ops)
-        out_TD: Tensor = self.feed_forward(h_TD, self.ffn_norm.norm, ops)
+        out_TD: Tensor = self.feed_forward(h_TD, self.ffn_norm.norm, batch, ops)
         return out_TD
 
 

@@ -34,6 +34,7 @@ class Ops:
     experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = experts_ref
     norm: Callable[[Tensor, Norm], Tensor] = rms_norm_ref
     head: Callable[[Tensor, Linear], Tensor] = project_ref
+    is_capturable: bool = False  # whether decode steps can be captured: no op reads what only the host knows
 
 
 PACKED = Ops(conv_in=conv_in_packed, attend=attend_packed)

@@ -1,8 +1,8 @@
 """CUDA graphs of decode steps: every row computes one token, so a step's shape is its number of rows.
 
 A graph serves up to `bucket` rows; padding rows name the scratch block, the scratch row and no expert. Graphs are
-captured by the engine thread, between steps, for the buckets that steps asked for; until then the eager path serves. Warm-up and
-capture use scratch inputs: a tail write is not idempotent, so nothing may run twice on live blocks.
+captured by the engine thread, between steps, for the buckets that steps asked for; until then the eager path serves.
+Warm-up and capture use scratch inputs: a tail write is not idempotent, so nothing may run twice on live blocks.
 All inputs of a step travel in one copy. Legend: B rows of the bucket, V vocabulary.
 """
 

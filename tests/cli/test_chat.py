@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from lfm.chat.defaults import RequestedSampling
 from lfm.chat.messages import Message
 from lfm.cli.conversation import Conversation
-from lfm.cli.speakers import Counts, held_interrupt
+from lfm.cli.speakers import Counts, LocalSpeaker, held_interrupt
+from lfm.config import EngineConfig
 from lfm.errors import OverloadedError, RequestError
+from lfm.llm import LLM
 from tests.cli.conftest import Lfm
 from tests.server.fakes import MODEL, FakeBackend, serving
 
@@ -148,6 +151,22 @@ def test_a_second_interrupt_is_not_held() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_stopped_answer_leaves_the_model_usable() -> None:
+    with LLM(EngineConfig(model="random:tiny", device="cpu")) as llm:
+        speaker = LocalSpeaker(llm, requested=RequestedSampling(temperature=0.0), max_tokens=200)
+        messages = [Message(role="user", content="Hello")]
+        pieces = speaker.answer(messages, Counts())
+        next(pieces)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            list(pieces)
+        assert not llm.engine.has_work()
+        assert llm.engine.stats().num_blocks_used == 0
+        counts = Counts()
+        assert "".join(speaker.answer(messages, counts))
+        assert counts.num_output_tokens > 1
 
 
 def test_a_model_in_this_process_finds_its_earlier_turns_in_the_cache(lfm: Lfm) -> None:

@@ -32,6 +32,7 @@ from lfm.protocol import EngineRequest, SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND_S = 10.0
+COUNTED_TOKENS = 64  # decoding steps in which the experts are counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +99,13 @@ def measure(config: EngineConfig, workloads: Sequence[Workload], *, num_runs: in
 
 def _measure(llm: LLM, workload: Workload, *, config: EngineConfig, num_runs: int, facts: Facts) -> Result:
     prompts = _Prompts(workload, vocab_size=llm.source.config.vocab_size)
-    with _counted_experts(llm, workload) as counts:  # the run that warms up: counting waits for the device
-        _run_once(llm, prompts.new_requests())
+    hit = _mean_experts_hit(llm, prompts.new_requests(max_output_tokens=COUNTED_TOKENS))
+    _run_once(llm, prompts.new_requests())
     llm.engine.host_ms.clear()
     runs_s = [_run_once(llm, prompts.new_requests()) for _ in range(num_runs)]
     median_s = statistics.median(runs_s)
     input_tokens = workload.shared_tokens + workload.input_tokens
     output_tokens = workload.requests * workload.output_tokens
-    hit = statistics.fmean(counts) if counts else None
     return Result(
         workload=workload.name,
         model=llm.source.name,
@@ -136,9 +136,10 @@ class _Prompts:
         self._random = random.Random(workload.name)
         self._num_made = 0
 
-    def new_requests(self) -> list[EngineRequest]:
+    def new_requests(self, *, max_output_tokens: int | None = None) -> list[EngineRequest]:
         shared = self._ids(self._workload.shared_tokens)
-        sampling = SamplingParams(max_tokens=self._workload.output_tokens, temperature=0.0)
+        output_tokens = min(self._workload.output_tokens, max_output_tokens or self._workload.output_tokens)
+        sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0)
         requests = []
         for _ in range(self._workload.requests):
             self._num_made += 1
@@ -169,23 +170,20 @@ def _run_once(llm: LLM, requests: list[EngineRequest]) -> float:
     return seconds
 
 
-@contextlib.contextmanager
-def _counted_experts(llm: LLM, workload: Workload) -> Iterator[list[int]]:
-    """Count the distinct experts that each MoE layer visits in each step that only decodes."""
+def _mean_experts_hit(llm: LLM, requests: list[EngineRequest]) -> float | None:
+    """Distinct experts per MoE layer and step that only decodes, counted in a run of its own: counting waits."""
     runner, counts = llm.engine.runner, list[int]()
     ops = runner.ops
 
     def route(h_TD: Tensor, norm: Norm, router: Router) -> tuple[Tensor, Tensor, Tensor]:
         x_TD, chosen_TA, weights_TA = ops.route(h_TD, norm, router)
-        if len(h_TD) <= workload.requests:  # a step with a chunk of a prompt has more tokens than sequences
+        if len(h_TD) <= len(requests):  # a step with a chunk of a prompt has more tokens than there are sequences
             counts.append(len(set(chosen_TA.flatten().tolist())))
         return x_TD, chosen_TA, weights_TA
 
-    runner.ops = replace(ops, route=route)
-    try:
-        yield counts
-    finally:
-        runner.ops = ops
+    with runner.observed(replace(ops, route=route)):
+        _run_once(llm, requests)
+    return statistics.fmean(counts) if counts else None
 
 
 def _limit_share(llm: LLM, workload: Workload, *, seconds: float, gpu: str | None, hit: float | None) -> float | None:

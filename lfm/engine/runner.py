@@ -3,6 +3,8 @@
 Features go beside this file, not into it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +77,16 @@ class Runner:
     def enable_graphs(self) -> None:
         """Replay decode steps from CUDA graphs from now on. The cache and the ops must be the final ones."""
         self._graphs = DecodeGraphs(self.model, self.cache, self.rows, self._builder, self.ops)
+
+    @contextmanager
+    def observed(self, ops: Ops) -> Iterator[None]:
+        """Compute steps with `ops` and never from a graph, within the block: for measurements that look inside."""
+        before = self.ops, self._graphs
+        self.ops, self._graphs = ops, None
+        try:
+            yield
+        finally:
+            self.ops, self._graphs = before
 
     def between_steps(self) -> None:
         """Work that may delay a step a little: capture a graph that steps have asked for."""

@@ -70,6 +70,4 @@ FrequencyPenaltyFlag = Annotated[
     float | None, flag("frequency_penalty", "Above 0: repeat less, by how often it was used.", panel=_SAMPLING)
 ]
 SeedFlag = Annotated[int | None, flag("seed", "Makes sampling repeatable.", panel=_SAMPLING)]
-StopFlag = Annotated[
-    list[str] | None, typer.Option("--stop", help="End before this text. May be repeated.", rich_help_panel=_SAMPLING)
-]
+StopFlag = Annotated[list[str] | None, flag("stop", "End before this text. May be repeated.", panel=_SAMPLING)]

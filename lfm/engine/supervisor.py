@@ -190,10 +190,10 @@ class EngineSupervisor:
             self._failures.popleft()
         self._failures.append(now)
         num_failures = len(self._failures)
-        logger.error("engine process %d failed (%d of late): %s", self._epoch, num_failures, death.error)
-        if death.is_reported and not self._first_info.done():
+        if death.is_reported and not self._first_info.done():  # whoever waits for the first load shows the error
             await self._give_up(death.error)
             return 0.0
+        logger.error("engine process %d failed (%d of late): %s", self._epoch, num_failures, death.error)
         if num_failures >= self._restart.max_failures:
             minutes = self._restart.window_s / 60
             text = f"The engine failed {num_failures} times in {minutes:g} minutes. The last cause: {death.error}"

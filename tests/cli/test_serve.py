@@ -5,14 +5,19 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 
+from lfm.cli import service
 from lfm.cli.service import curl_call, welcome
-from lfm.config import ServerConfig
+from lfm.config import EngineConfig, ServerConfig
+from lfm.engine.supervisor import EngineSupervisor, RestartPolicy
 from lfm.model.source import resolve_model
+from tests.cli.conftest import Lfm
 from tests.server.fakes import engine_info, wait_until
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -148,6 +153,33 @@ def test_what_keeps_the_engine_from_loading_is_one_line_and_its_exit_code(start_
     assert process.wait(START_S) == 2
     errors = [line for line in (tmp_path / "stderr.txt").read_text().splitlines() if line.startswith("error: ")]
     assert errors == ["error: --max-model-len 40000 is beyond the model's 32768 positions. Give at most 32768."]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trouble", "code", "message"),
+    [
+        ("die", 1, "The engine failed 3 times in 10 minutes. The last cause: the engine process was killed by SIGKILL"),
+        ("refuse", 2, "fake shard 2 of 3 is missing. Download it again."),
+        ("machine", 3, "needed 48 GB, had 24 GB. Use a smaller model."),
+    ],
+)
+def test_an_engine_beyond_help_ends_the_service_with_the_last_cause(
+    lfm: Lfm, monkeypatch: pytest.MonkeyPatch, trouble: str, code: int, message: str
+) -> None:
+    def supervisor(config: EngineConfig, **options: Any) -> EngineSupervisor:
+        return EngineSupervisor(
+            replace(config, model=f"fake:{trouble}"),
+            factory="tests.engine_process.fakes:build_fake",
+            restart=RestartPolicy(max_failures=3, first_delay_s=0.01),
+            **options,
+        )
+
+    monkeypatch.setattr(service, "EngineSupervisor", supervisor)
+    done = lfm("serve", "--port", "0")
+    assert done.code == code
+    assert message in done.error
+    assert "Serving" not in done.out
 
 
 @pytest.mark.slow

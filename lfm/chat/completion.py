@@ -8,6 +8,8 @@ import msgspec
 from lfm.errors import RequestError
 from lfm.protocol import INT64_MAX, INT64_MIN, MAX_N, EngineRequest, SamplingParams
 
+MAX_DRAWN_SEED = 2**53 - MAX_N  # JavaScript clients read larger numbers inexactly, and could not repeat the answer
+
 
 def requests_for(
     prompt_ids: Sequence[int],
@@ -27,9 +29,8 @@ def requests_for(
     Without a seed one is drawn here, so that the choices differ and each can be repeated; it is in `sampling.seed`.
     Raises RequestError unless 1 <= n <= 128.
     """
-    if not 1 <= n <= MAX_N:
-        raise RequestError(f"n={n} is out of range. Allowed: 1 to {MAX_N}.", param="n")
-    base = secrets.randbelow(INT64_MAX) if sampling.seed is None else sampling.seed
+    check_n(n)
+    base = secrets.randbelow(MAX_DRAWN_SEED) if sampling.seed is None else sampling.seed
     if not INT64_MIN <= base <= INT64_MAX:
         raise RequestError(f"seed={base} is out of range. Allowed: {INT64_MIN} to {INT64_MAX}.", param="seed")
     ids = list(prompt_ids)
@@ -43,6 +44,12 @@ def requests_for(
         )
         for i in range(n)
     ]
+
+
+def check_n(n: int) -> None:
+    """Raise RequestError unless so many choices may be asked for."""
+    if not 1 <= n <= MAX_N:
+        raise RequestError(f"n={n} is out of range. Allowed: 1 to {MAX_N}.", param="n")
 
 
 def _wrapped(seed: int) -> int:

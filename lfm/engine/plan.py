@@ -24,6 +24,7 @@ from lfm.model.sizes import (
 
 MIN_CAPABILITY = (8, 0)  # bfloat16 tensor cores
 GPU_STEP_TOKENS, GPU_STEP_TOKENS_DECODING, CPU_STEP_TOKENS = 8192, 2048, 512
+CPU_STEP_TOKENS_LARGE = 128  # a step of a large model has to end well before it would be called stuck
 GPU_MAX_RUNNING, CPU_MAX_RUNNING = 1024, 64
 GPU_BLOCK_SIZE, CPU_BLOCK_SIZE, CPU_BLOCK_SIZE_SMALL = 128, 32, 16
 SMALL_MODEL_PARAMETERS = 1_000_000_000
@@ -150,6 +151,9 @@ class _Planner:
             choice = f"{GPU_STEP_TOKENS:,} tokens per step, {GPU_STEP_TOKENS_DECODING:,} while anything decodes"
             self._say(choice, "longer steps would stall the running streams")
             return GPU_STEP_TOKENS, GPU_STEP_TOKENS_DECODING
+        if num_parameters(self._model) >= SMALL_MODEL_PARAMETERS:
+            self._say(f"{CPU_STEP_TOKENS_LARGE} tokens per step", "a longer step of a large model takes a CPU too long")
+            return CPU_STEP_TOKENS_LARGE, CPU_STEP_TOKENS_LARGE
         self._say(f"{CPU_STEP_TOKENS} tokens per step", "the default on a CPU")
         return CPU_STEP_TOKENS, CPU_STEP_TOKENS
 

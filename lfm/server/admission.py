@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from lfm.chat.completion import requests_for
+from lfm.chat.completion import check_n, requests_for
 from lfm.chat.defaults import resolve_sampling
 from lfm.chat.tokenizer import Tokenizer
 from lfm.errors import NotFoundError, RequestError
@@ -60,6 +60,7 @@ def make_requests(
     Raises RequestError for values that no engine could take; all other bounds are the engine's.
     """
     n = 1 if request.n is None else request.n
+    check_n(n)
     info = state.backend.info
     if n * len(prompts) > info.max_running + info.max_queue:
         raise RequestError(

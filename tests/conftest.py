@@ -5,10 +5,11 @@ Nothing here imports torch unless a test marked `gpu` is about to run.
 
 import functools
 import os
-import socket
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.waiting import unused_port
 
 # Read by torch when it is first imported, here and in every process that a test starts: on two cores, threads of
 # several tests that run at once only get in each other's way.
@@ -48,8 +49,4 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def free_port() -> int:
-    """A port of 127.0.0.1 that nothing listened on a moment ago; from the system's ephemeral range, so never 8000."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    return unused_port()

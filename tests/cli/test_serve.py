@@ -18,7 +18,8 @@ from lfm.config import EngineConfig, ServerConfig
 from lfm.engine.supervisor import EngineSupervisor, RestartPolicy
 from lfm.model.source import resolve_model
 from tests.cli.conftest import Lfm
-from tests.server.fakes import engine_info, wait_until
+from tests.server.fakes import engine_info
+from tests.waiting import wait_until
 
 Start = Callable[..., "subprocess.Popen[str]"]
 START_S = 60.0

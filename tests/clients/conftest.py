@@ -1,7 +1,6 @@
 """One served model for all client tests: the real command, in its own process, on a free port."""
 
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,19 +8,13 @@ from collections.abc import Callable, Iterator
 import httpx2
 import pytest
 
-from tests.clients.served import Served, poll
+from tests.clients.served import Served
+from tests.waiting import unused_port, wait_until
 
 START_SECONDS = 90.0
 STOP_SECONDS = 30.0
 MODEL = "LiquidAI/LFM2-24B-A2B"
 API_KEY = "test-key"
-
-
-def unused_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def is_ready(process: subprocess.Popen[bytes], served: Served) -> bool:
@@ -42,7 +35,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     command = [sys.executable, "-m", "lfm.cli", "serve", "random:tiny", *flags]
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
-            poll(lambda: is_ready(process, served), seconds=START_SECONDS, what=f"/readyz of the server ({log})")
+            wait_until(lambda: is_ready(process, served), seconds=START_SECONDS, what=f"/readyz of the server ({log})")
             yield served
             process.send_signal(signal.SIGTERM)
             assert process.wait(STOP_SECONDS) == 0, f"lfm serve exited {process.returncode}:\n{log.read_text()}"
@@ -55,6 +48,6 @@ def wait_until_idle(served: Served) -> Callable[[], None]:
     """A function that waits until the server runs nothing; fails if it goes on for 10 s."""
 
     def wait() -> None:
-        poll(lambda: served.metric("vllm:num_requests_running") == 0, seconds=10, what="the end of all requests")
+        wait_until(lambda: served.metric("vllm:num_requests_running") == 0, seconds=10, what="the end of all requests")
 
     return wait

@@ -1,13 +1,10 @@
 """A served model as the client tests see it: where it is, and what its metrics say."""
 
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
-import pytest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +35,3 @@ class Served:
             "TOGETHER_BASE_URL": f"{self.url}{together_suffix}",
             "TOGETHER_API_KEY": self.api_key,
         }
-
-
-def poll(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
-    """Wait until `condition` holds. Fails the test, naming `what`, when it does not within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what} did not happen within {seconds:g} s")
-        time.sleep(0.05)

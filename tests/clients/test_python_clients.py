@@ -12,7 +12,8 @@ import openai
 import pytest
 import together
 
-from tests.clients.served import Served, poll
+from tests.clients.served import Served
+from tests.waiting import wait_until
 
 HERE = Path(__file__).resolve().parent
 STOP_TOKEN_IDS = (2, 7)  # <|endoftext|> and <|im_end|>: banned where a test needs a certain length
@@ -254,7 +255,7 @@ def test_a_client_that_leaves_a_stream_frees_the_server(
         model=served.model, messages=MESSAGES, max_tokens=1500, logit_bias=NO_EOS, stream=True
     )
     next(iter(stream))
-    poll(lambda: served.metric("vllm:num_requests_running") == 1, seconds=10, what="the start of the stream")
+    wait_until(lambda: served.metric("vllm:num_requests_running") == 1, seconds=10, what="the start of the stream")
     stream.close()
     wait_until_idle()
 

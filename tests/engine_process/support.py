@@ -54,13 +54,6 @@ async def eventually(is_true: Callable[[], bool], *, within_s: float = DEADLINE_
         await asyncio.sleep(0.005)
 
 
-def wait_until(is_true: Callable[[], bool], *, within_s: float = DEADLINE_S) -> None:
-    deadline = time.monotonic() + within_s
-    while not is_true():
-        assert time.monotonic() < deadline, "did not become true in time"
-        time.sleep(0.005)
-
-
 class LoopInThread:
     """An EngineLoop over a FakeEngine, driven by a thread of this process."""
 

@@ -24,7 +24,8 @@ from lfm.engine.wire import (
 )
 from lfm.protocol import EngineRequest, TokenEvent
 from tests.engine_process.fakes import LIVELOCK, RAISE, WAIT, FakeEngine
-from tests.engine_process.support import DEADLINE_S, LoopInThread, looping, request, wait_until
+from tests.engine_process.support import DEADLINE_S, LoopInThread, looping, request
+from tests.waiting import wait_until
 
 encode = msgspec.msgpack.encode
 
@@ -216,7 +217,7 @@ def test_drain_aborts_what_does_not_finish_in_time() -> None:
 def test_an_idle_drain_ends_at_once() -> None:
     with looping(FakeEngine()) as loop:
         os.write(loop.command_write, encode_line(Drain(60.0)))
-        wait_until(lambda: not loop.thread.is_alive(), within_s=5.0)
+        wait_until(lambda: not loop.thread.is_alive(), seconds=5.0)
 
 
 def test_the_loop_ends_when_its_parent_is_gone() -> None:

@@ -18,7 +18,8 @@ from lfm.engine.supervisor import RestartPolicy, make_socket_directory
 from lfm.errors import InternalError, LfmError, MachineError, ModelError, OverloadedError
 from lfm.protocol import TokenEvent
 from tests.engine_process.fakes import DIE, DIE_ONCE, HANG, RAISE, WAIT
-from tests.engine_process.support import eventually, read_all, request, run, socket_directory, supervised, wait_until
+from tests.engine_process.support import eventually, read_all, request, run, socket_directory, supervised
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]

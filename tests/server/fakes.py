@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from lfm.protocol import EngineInfo, EngineRequest, EngineStats, TokenEvent, Tok
 from lfm.server.app import create_app
 from lfm.server.run import ApiServer, bind_socket
 from lfm.server.state import AppState
+from tests.waiting import wait_until
 
 MODEL_CONFIG = ModelConfig(
     model_type="lfm2",
@@ -320,13 +320,6 @@ def serving(backend: FakeBackend, config: ServerConfig | None = None) -> Iterato
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
-
-
-def wait_until(condition: Callable[[], bool], *, what: str, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds:g} s"
-        time.sleep(0.005)
 
 
 def http_scope(path: str, *, headers: Sequence[tuple[bytes, bytes]] = ()) -> dict[str, Any]:

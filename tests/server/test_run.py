@@ -27,8 +27,8 @@ from tests.server.fakes import (
     events_of,
     serving,
     state_of,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 TIMEOUT_S = 20.0
 

@@ -10,7 +10,8 @@ import together
 
 from lfm.errors import OverloadedError
 from lfm.protocol import ErrorInfo, TokenEvent
-from tests.server.fakes import MODEL, FakeBackend, RunningServer, serving, wait_until
+from tests.server.fakes import MODEL, FakeBackend, RunningServer, serving
+from tests.waiting import wait_until
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 

@@ -10,6 +10,7 @@ from lfm.config import ModelConfig
 from lfm.model.full_forward import full_logits
 from lfm.model.lfm2 import Lfm2
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CONV, ATTENTION = "conv", "full_attention"
 BASE = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -98,20 +99,22 @@ def greedy(model: torch.nn.Module, step, prompt: list[int], count: int) -> tuple
     return ids[len(prompt) :], rows
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", [*MOE_CASES, *DENSE_CASES])
-def test_logits_and_greedy_ids_equal_transformers(case: str) -> None:
+def test_logits_and_greedy_ids_equal_transformers(case: str, device: str) -> None:
+    """In fp32; the GPU without TF32, which torch leaves off."""
     reference = make_reference(case)
-    ours = to_ours(reference)
+    ours = to_ours(reference).to(device)
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(0, 97, (length,), generator=generator).tolist() for length in (1, 2, 5, 33)]
     with torch.no_grad():
         for row, logits in zip(rows, full_logits(ours, rows), strict=True):
             expected = reference(torch.tensor([row]), use_cache=False).logits[0]
-            assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+            assert (logits.cpu() - expected).abs().max() <= 1e-4 * expected.abs().max()
         theirs, _ = greedy(
             reference, lambda model, ids: model(torch.tensor([ids]), use_cache=False).logits[0, -1], rows[2], 24
         )
-        mine, logits_per_step = greedy(ours, lambda model, ids: full_logits(model, [ids])[0][-1], rows[2], 24)
+        mine, logits_per_step = greedy(ours, lambda model, ids: full_logits(model, [ids])[0][-1].cpu(), rows[2], 24)
     for step, (a, b) in enumerate(zip(theirs, mine, strict=True)):
         if a != b:  # allowed only in a near tie, counted and printed
             top = logits_per_step[step].topk(2).values

@@ -1,16 +1,13 @@
 """The messages of a conversation, and the checks that every front end needs before a prompt is built from them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
+from lfm.chat.json_fields import json_type, optional_text, parse_arguments, typed
 from lfm.errors import RequestError
 from lfm.protocol import MAX_MESSAGES
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,20 +83,20 @@ def parse_messages(value: object, *, param: str = "messages") -> list[Message]:
     Unknown keys are tolerated. Raises RequestError with the path of a value of the wrong type; what the values mean is
     checked by `check_messages`.
     """
-    return [_parse_message(item, f"{param}[{index}]") for index, item in enumerate(_typed(value, list, param))]
+    return [_parse_message(item, f"{param}[{index}]") for index, item in enumerate(typed(value, list, param))]
 
 
 def _parse_message(value: object, where: str) -> Message:
-    raw = _typed(value, dict, where)
+    raw = typed(value, dict, where)
     return Message(
-        role=_typed(raw.get("role"), str, f"{where}.role"),
+        role=typed(raw.get("role"), str, f"{where}.role"),
         content=_parse_content(raw.get("content"), f"{where}.content"),
         tool_calls=tuple(
             _parse_tool_call(call, f"{where}.tool_calls[{index}]")
-            for index, call in enumerate(_typed(raw.get("tool_calls") or [], list, f"{where}.tool_calls"))
+            for index, call in enumerate(typed(raw.get("tool_calls") or [], list, f"{where}.tool_calls"))
         ),
-        tool_call_id=_optional_text(raw.get("tool_call_id"), f"{where}.tool_call_id"),
-        name=_optional_text(raw.get("name"), f"{where}.name"),
+        tool_call_id=optional_text(raw.get("tool_call_id"), f"{where}.tool_call_id"),
+        name=optional_text(raw.get("name"), f"{where}.name"),
     )
 
 
@@ -107,56 +104,22 @@ def _parse_content(value: object, where: str) -> str | list[ContentPart] | None:
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise RequestError(
-            f"{where} is {_json_type(value)}. Allowed: a string, an array of parts or null.", param=where
-        )
+        raise RequestError(f"{where} is {json_type(value)}. Allowed: a string, an array of parts or null.", param=where)
     parts = []
     for index, item in enumerate(value):
-        raw = _typed(item, dict, f"{where}[{index}]")
-        kind = _typed(raw.get("type"), str, f"{where}[{index}].type")
-        text = _typed(raw.get("text"), str, f"{where}[{index}].text") if kind == "text" else ""
+        raw = typed(item, dict, f"{where}[{index}]")
+        kind = typed(raw.get("type"), str, f"{where}[{index}].type")
+        text = typed(raw.get("text"), str, f"{where}[{index}].text") if kind == "text" else ""
         parts.append(ContentPart(type=kind, text=text))
     return parts
 
 
 def _parse_tool_call(value: object, where: str) -> ToolCall:
-    function = _typed(_typed(value, dict, where).get("function"), dict, f"{where}.function")
+    function = typed(typed(value, dict, where).get("function"), dict, f"{where}.function")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        arguments = _parse_arguments(arguments, f"{where}.function.arguments")
+        arguments = parse_arguments(arguments, f"{where}.function.arguments")
     return ToolCall(
-        name=_typed(function.get("name"), str, f"{where}.function.name"),
-        arguments=_typed(arguments, dict, f"{where}.function.arguments"),
+        name=typed(function.get("name"), str, f"{where}.function.name"),
+        arguments=typed(arguments, dict, f"{where}.function.arguments"),
     )
-
-
-def _parse_arguments(text: str, where: str) -> object:
-    try:
-        return json.loads(text) if text.strip() else {}  # clients send "" for a call without arguments
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where} is not JSON ({error}). Send a JSON object as a string.", param=where) from error
-
-
-def _optional_text(value: object, where: str) -> str | None:
-    return None if value is None else _typed(value, str, where)
-
-
-def _typed(value: object, kind: type[_T], where: str) -> _T:
-    if not isinstance(value, kind):
-        raise RequestError(f"{where} is {_json_type(value)}. Allowed: {_JSON_NAMES[kind]}.", param=where)
-    return value
-
-
-_JSON_NAMES: Mapping[type, str] = {
-    str: "a string",
-    list: "an array",
-    dict: "an object",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    type(None): "null or missing",
-}
-
-
-def _json_type(value: object) -> str:
-    return _JSON_NAMES.get(type(value), type(value).__name__)

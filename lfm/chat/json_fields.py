@@ -1,0 +1,43 @@
+"""Reading decoded JSON whose shape nobody has checked: a value of the wrong type is a RequestError with its path."""
+
+import json
+from collections.abc import Mapping
+from typing import TypeVar
+
+from lfm.errors import RequestError
+
+_T = TypeVar("_T")
+
+_JSON_NAMES: Mapping[type, str] = {
+    str: "a string",
+    list: "an array",
+    dict: "an object",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null or missing",
+}
+
+
+def typed(value: object, kind: type[_T], where: str) -> _T:
+    """`value`, which must be of `kind`: str, list, dict or bool."""
+    if not isinstance(value, kind):
+        raise RequestError(f"{where} is {json_type(value)}. Allowed: {_JSON_NAMES[kind]}.", param=where)
+    return value
+
+
+def optional_text(value: object, where: str) -> str | None:
+    return None if value is None else typed(value, str, where)
+
+
+def parse_arguments(text: str, where: str) -> object:
+    """The arguments of a tool call, which travel as JSON in a string."""
+    try:
+        return json.loads(text) if text.strip() else {}  # clients send "" for a call without arguments
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where} is not JSON ({error}). Send a JSON object as a string.", param=where) from error
+
+
+def json_type(value: object) -> str:
+    """What to call the type of a decoded JSON value in a message."""
+    return _JSON_NAMES.get(type(value), type(value).__name__)

@@ -2,15 +2,18 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from lfm.chat.completion import check_n, requests_for
 from lfm.chat.defaults import resolve_sampling
+from lfm.chat.messages import Message
+from lfm.chat.prompt import build_prompt
 from lfm.chat.tokenizer import Tokenizer
 from lfm.errors import NotFoundError, RequestError
 from lfm.protocol import EngineInfo, EngineRequest
 from lfm.server.generation import Generation
-from lfm.server.schemas import GenerationRequest
+from lfm.server.schemas import SamplingRequest
 from lfm.server.state import AppState
 
 LONG_BODY_BYTES = 16_384  # some 3 ms of tokenizing: longer ones would hold up every stream of this process
@@ -47,19 +50,30 @@ async def in_thread_if_long(work: Callable[[], _T], *, num_bytes: int) -> _T:
     return await asyncio.to_thread(work) if num_bytes > LONG_BODY_BYTES else work()
 
 
+async def chat_prompt(messages: Sequence[Message], *, state: AppState, num_bytes: int, param: str) -> list[int]:
+    """The ids of a conversation. `param` is what the client calls it, for errors; `num_bytes` about how long it is."""
+    check_text_size(sum(len(message.text) for message in messages), state, param=param)
+    try:
+        return await in_thread_if_long(partial(build_prompt, state.tokenizer, messages), num_bytes=num_bytes)
+    except RequestError as error:
+        error.message = error.message.replace("messages", param, 1)
+        error.param = error.param and error.param.replace("messages", param, 1)
+        raise
+
+
 def shown_prompt(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """The prompt as the model sees it, control tokens included."""
     return b"".join(map(tokenizer.token_bytes, prompt_ids)).decode("utf-8", errors="replace")
 
 
 def make_requests(
-    request: GenerationRequest, prompts: Sequence[list[int]], *, request_id: str, state: AppState
+    request: SamplingRequest, prompts: Sequence[list[int]], *, request_id: str, state: AppState
 ) -> list[EngineRequest]:
     """One engine request per choice: the n choices of the first prompt, then those of the second, and so on.
 
     Raises RequestError for values that no engine could take; all other bounds are the engine's.
     """
-    n = 1 if request.n is None else request.n
+    n = request.num_choices
     check_n(n)
     info = state.backend.info
     if n * len(prompts) > info.max_running + info.max_queue:
@@ -83,7 +97,7 @@ def make_requests(
     return engine_requests
 
 
-def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, info: EngineInfo) -> int:
+def _max_tokens(request: SamplingRequest, num_prompt_tokens: int, info: EngineInfo) -> int:
     """What the client asked for; all that is left of the context and the cache if it named nothing.
 
     A prompt that fills the context leaves nothing; asking for one token lets the engine refuse it with the numbers.
@@ -92,11 +106,10 @@ def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, info: Engine
     left = max(1, min(info.max_model_len, num_cache_tokens) - num_prompt_tokens)
     if request.token_limit is None:
         return left
-    is_clamped = request.context_length_exceeded_behavior == "truncate"
-    return min(request.token_limit, left) if is_clamped else request.token_limit
+    return min(request.token_limit, left) if request.is_clamped else request.token_limit
 
 
-async def open_generation(generation: Generation, request: GenerationRequest, *, prompt_field: str) -> None:
+async def open_generation(generation: Generation, request: SamplingRequest, *, prompt_field: str) -> None:
     """Submit, and let a refusal name the fields by which this client knows them."""
     try:
         await generation.open()

@@ -1,18 +1,29 @@
 """How a generation becomes an HTTP answer: server-sent events as they come, or one JSON body of the same deltas."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from starlette.types import Send
 
 from lfm.chat.output import Delta, join_deltas
+from lfm.protocol import ErrorInfo
 from lfm.server.asgi import send_json
+from lfm.server.errors import error_body
 from lfm.server.generation import Choice, Generation
-from lfm.server.sse import EventWriter
+from lfm.server.sse import DONE, KEEP_ALIVE, EventWriter, data_event
 from lfm.server.state import RequestRecord
 
 Json = dict[str, object]
+
+
+class Usage(NamedTuple):
+    """The tokens of one HTTP request. `num_cached_tokens` of the prompt's were found in the cache."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +39,7 @@ class AnswerHead:
     includes_usage: bool  # stream_options.include_usage
 
     def fields(self, kind: str) -> Json:
-        """The fields that every object begins with; `kind` is its `object`."""
+        """The fields that every object of chat and completions begins with; `kind` is its `object`."""
         return {"id": self.request_id, "object": kind, "created": self.created, "model": self.model}
 
     @property
@@ -38,30 +49,85 @@ class AnswerHead:
 
 
 class AnswerShape(Protocol):
-    """The JSON of one API family. `usage` is set where the answer must carry it."""
+    """One answer in the form of one API family: as events, or as one body."""
 
-    def opening(self, choices: Sequence[Choice]) -> list[Json]:
-        """The events in front of the first delta."""
+    def begin(self, choices: Sequence[Choice]) -> bytes:
+        """The events that go out as soon as the engine has accepted the request; may be empty."""
 
-    def chunk(self, choice: Choice, delta: Delta, usage: Json | None) -> Json:
-        """The event for one delta of one choice."""
+    def news(self, news: Sequence[tuple[Choice, Delta]], usage: Usage, *, is_last: bool) -> bytes:
+        """The events for new deltas, of each choice at most one; empty if they show nothing yet."""
 
-    def usage_chunk(self, usage: Json) -> Json:
-        """The event without choices that carries the usage at the end."""
+    def keep_alive(self) -> bytes:
+        """What to send when nothing came for a while."""
 
-    def body(self, choices: Sequence[tuple[Choice, Delta]], usage: Json) -> Json:
+    async def end(self, usage: Usage) -> bytes:
+        """The events after the last delta."""
+
+    def failure(self, error: ErrorInfo) -> bytes:
+        """The events that end a stream which cannot go on."""
+
+    async def body(self, choices: Sequence[tuple[Choice, Delta]], usage: Usage) -> Json:
         """The whole answer: every choice with all of its deltas joined."""
 
 
-def usage_of(generation: Generation) -> Json:
+class ChunkShape(ABC):
+    """What the streams of chat and completions have in common: unnamed chunks of one choice each, then [DONE]."""
+
+    def __init__(self, head: AnswerHead) -> None:
+        self._head = head
+        self._choices: Sequence[Choice] = ()
+        self._has_opened = False
+
+    @abstractmethod
+    def opening(self, choices: Sequence[Choice]) -> list[Json]:
+        """The chunks in front of the first delta."""
+
+    @abstractmethod
+    def chunk(self, choice: Choice, delta: Delta, usage: Json | None) -> Json:
+        """The chunk for one delta of one choice. `usage` is set where the chunk must carry it."""
+
+    @abstractmethod
+    def usage_chunk(self, usage: Json) -> Json:
+        """The chunk without choices that carries the usage at the end."""
+
+    def begin(self, choices: Sequence[Choice]) -> bytes:
+        self._choices = choices
+        return b""
+
+    def news(self, news: Sequence[tuple[Choice, Delta]], usage: Usage, *, is_last: bool) -> bytes:
+        last_usage = chat_usage(usage) if is_last and self._head.for_together else None
+        last_choice = news[-1][0]
+        shown = [(choice, delta) for choice, delta in news if _is_worth_sending(delta)]
+        if not shown:
+            return b""
+        opening = [] if self._has_opened else self.opening(self._choices)
+        chunks = [self.chunk(choice, delta, last_usage if choice is last_choice else None) for choice, delta in shown]
+        self._has_opened = True
+        return b"".join(map(data_event, opening + chunks))
+
+    def keep_alive(self) -> bytes:
+        return KEEP_ALIVE
+
+    async def end(self, usage: Usage) -> bytes:
+        return (data_event(self.usage_chunk(chat_usage(usage))) if self._head.includes_usage else b"") + DONE
+
+    def failure(self, error: ErrorInfo) -> bytes:
+        """A data object with a top-level "error", which the SDKs raise."""
+        return data_event(error_body(error)) + DONE
+
+
+def usage_of(generation: Generation) -> Usage:
+    return Usage(generation.num_prompt_tokens, generation.num_cached_tokens, generation.num_output_tokens)
+
+
+def chat_usage(usage: Usage) -> Json:
     """Cached tokens stand in both places where clients look for them."""
-    prompt, output, cached = generation.num_prompt_tokens, generation.num_output_tokens, generation.num_cached_tokens
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": output,
-        "total_tokens": prompt + output,
-        "cached_tokens": cached,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens": usage.num_prompt_tokens,
+        "completion_tokens": usage.num_output_tokens,
+        "total_tokens": usage.num_prompt_tokens + usage.num_output_tokens,
+        "cached_tokens": usage.num_cached_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
     }
 
 
@@ -72,42 +138,28 @@ async def send_whole(send: Send, generation: Generation, shape: AnswerShape) -> 
         for choice, delta in news:
             collected[choice.index].append(delta)
     answers = [(choice, join_deltas(collected[choice.index])) for choice in generation.choices]
-    body = shape.body(answers, usage_of(generation))
     await generation.aclose()
-    await send_json(send, body)
+    await send_json(send, await shape.body(answers, usage_of(generation)))
 
 
 async def send_events(
-    send: Send,
-    generation: Generation,
-    shape: AnswerShape,
-    *,
-    head: AnswerHead,
-    record: RequestRecord,
-    keepalive_s: float,
+    send: Send, generation: Generation, shape: AnswerShape, *, record: RequestRecord, keepalive_s: float
 ) -> None:
     """Stream the deltas. While a slow socket holds up the writer, later events pile up and leave as one chunk."""
-    writer = EventWriter(send, record)
+    writer = EventWriter(send)
+    record.stream_failure = shape.failure
     await writer.start()
-    opening = shape.opening(generation.choices)
+    if opening := shape.begin(generation.choices):
+        await writer.write(opening)
     while (news := await generation.next_deltas(timeout_s=keepalive_s)) != []:
         if news is None:
-            await writer.keep_alive()
-            continue
-        last_usage = usage_of(generation) if generation.is_finished and head.for_together else None
-        last_choice = news[-1][0]
-        chunks = [
-            shape.chunk(choice, delta, last_usage if choice is last_choice else None)
-            for choice, delta in news
-            if _is_worth_sending(delta)
-        ]
-        if chunks:
-            await writer.send(opening + chunks)
-            opening = []
-    if head.includes_usage:
-        await writer.send([shape.usage_chunk(usage_of(generation))])
+            data = shape.keep_alive()
+        else:
+            data = shape.news(news, usage_of(generation), is_last=generation.is_finished)
+        if data:
+            await writer.write(data)
     await generation.aclose()
-    await writer.finish()
+    await writer.finish(await shape.end(usage_of(generation)))
 
 
 def _is_worth_sending(delta: Delta) -> bool:

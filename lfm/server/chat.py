@@ -4,38 +4,34 @@ from collections.abc import Sequence
 from functools import partial
 
 from lfm.chat.output import Delta, TokenScore
-from lfm.chat.prompt import build_prompt
-from lfm.server.admission import check_text_size, in_thread_if_long, shown_prompt
-from lfm.server.answer import AnswerHead, Json
+from lfm.server.admission import chat_prompt, shown_prompt
+from lfm.server.answer import AnswerHead, ChunkShape, Json, Usage, chat_usage
+from lfm.server.endpoint import Call, Prepared
 from lfm.server.generation import Choice
 from lfm.server.logprobs import chat_logprobs, token_arrays
+from lfm.server.refusals import CHAT_RULES
 from lfm.server.schemas import ChatRequest
-from lfm.server.state import AppState
 
 
 class Chat:
     """The family of chat completions."""
 
     request_type = ChatRequest
-    id_prefix = "chatcmpl"
+    id_prefix = "chatcmpl-"
     prompt_field = "messages"
+    rules = CHAT_RULES
 
-    async def prompts(self, request: ChatRequest, *, state: AppState, num_bytes: int) -> list[list[int]]:
-        check_text_size(sum(len(message.text) for message in request.messages), state, param="messages")
-        work = partial(build_prompt, state.tokenizer, request.messages)
-        return [await in_thread_if_long(work, num_bytes=num_bytes)]
-
-    def shape(
-        self, request: ChatRequest, prompts: Sequence[list[int]], *, head: AnswerHead, state: AppState
-    ) -> "ChatShape":
-        return ChatShape(head, echoed=shown_prompt(prompts[0], state.tokenizer) if request.echo else None)
+    async def prepare(self, request: ChatRequest, *, call: Call) -> Prepared:
+        prompt_ids = await chat_prompt(request.messages, state=call.state, num_bytes=call.num_bytes, param="messages")
+        echoed = shown_prompt(prompt_ids, call.state.tokenizer) if request.echo else None
+        return Prepared([prompt_ids], partial(ChatShape, echoed=echoed))
 
 
-class ChatShape:
+class ChatShape(ChunkShape):
     """The JSON of one chat answer. `echoed` is the prompt as the model saw it, control tokens shown."""
 
     def __init__(self, head: AnswerHead, *, echoed: str | None) -> None:
-        self._head = head
+        super().__init__(head)
         self._echoed = echoed
         self._has_begun = False
 
@@ -56,11 +52,11 @@ class ChatShape:
     def usage_chunk(self, usage: Json) -> Json:
         return {**self._head.fields("chat.completion.chunk"), "choices": [], "usage": usage}
 
-    def body(self, choices: Sequence[tuple[Choice, Delta]], usage: Json) -> Json:
+    async def body(self, choices: Sequence[tuple[Choice, Delta]], usage: Usage) -> Json:
         return {
             **self._head.fields("chat.completion"),
             "choices": [self._body_choice(choice, delta) for choice, delta in choices],
-            "usage": usage,
+            "usage": chat_usage(usage),
             "prompt": [],
             **self._extras(choices[0][1].prompt_logprobs),
         }

@@ -6,34 +6,34 @@ from functools import partial
 from lfm.chat.output import Delta, TokenScore
 from lfm.chat.tokenizer import Tokenizer
 from lfm.server.admission import check_prompt_size, check_text_size, in_thread_if_long, shown_prompt
-from lfm.server.answer import AnswerHead, Json
+from lfm.server.answer import AnswerHead, ChunkShape, Json, Usage, chat_usage
+from lfm.server.endpoint import Call, Prepared
 from lfm.server.generation import Choice
 from lfm.server.logprobs import completion_logprobs, token_arrays
+from lfm.server.refusals import CHAT_RULES
 from lfm.server.schemas import CompletionRequest
-from lfm.server.state import AppState
 
 
 class Completions:
     """The family of text completions."""
 
     request_type = CompletionRequest
-    id_prefix = "cmpl"
+    id_prefix = "cmpl-"
     prompt_field = "prompt"
+    rules = CHAT_RULES
 
-    async def prompts(self, request: CompletionRequest, *, state: AppState, num_bytes: int) -> list[list[int]]:
+    async def prepare(self, request: CompletionRequest, *, call: Call) -> Prepared:
+        tokenizer = call.state.tokenizer
         for prompt in request.prompt:
             check_size = check_text_size if isinstance(prompt, str) else check_prompt_size
-            check_size(len(prompt), state, param="prompt")
-        return await in_thread_if_long(partial(_encode_all, state.tokenizer, request.prompt), num_bytes=num_bytes)
-
-    def shape(
-        self, request: CompletionRequest, prompts: Sequence[list[int]], *, head: AnswerHead, state: AppState
-    ) -> "CompletionShape":
+            check_size(len(prompt), call.state, param="prompt")
+        encode = partial(_encode_all, tokenizer, request.prompt)
+        prompts = await in_thread_if_long(encode, num_bytes=call.num_bytes)
         echoed = []
         if request.echo:
             for given, prompt_ids in zip(request.prompt, prompts, strict=True):
-                echoed.append(given if isinstance(given, str) else shown_prompt(prompt_ids, state.tokenizer))
-        return CompletionShape(head, echoed=echoed, special_ids=state.tokenizer.special_ids)
+                echoed.append(given if isinstance(given, str) else shown_prompt(prompt_ids, tokenizer))
+        return Prepared(prompts, partial(CompletionShape, echoed=echoed, special_ids=tokenizer.special_ids))
 
 
 def _encode_all(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:
@@ -47,11 +47,11 @@ def _encode_all(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> lis
     return encoded
 
 
-class CompletionShape:
+class CompletionShape(ChunkShape):
     """The JSON of one completions answer. `echoed` has the text of each prompt, or nothing."""
 
     def __init__(self, head: AnswerHead, *, echoed: Sequence[str], special_ids: frozenset[int]) -> None:
-        self._head = head
+        super().__init__(head)
         self._echoed = echoed
         self._special_ids = special_ids
         self._text_offsets: dict[int, int] = {}  # characters sent so far, by choice that had a chunk
@@ -72,11 +72,11 @@ class CompletionShape:
     def usage_chunk(self, usage: Json) -> Json:
         return {**self._head.fields(self._chunk_kind), "choices": [], "usage": usage}
 
-    def body(self, choices: Sequence[tuple[Choice, Delta]], usage: Json) -> Json:
+    async def body(self, choices: Sequence[tuple[Choice, Delta]], usage: Usage) -> Json:
         return {
             **self._head.fields("text.completion" if self._head.for_together else "text_completion"),
             "choices": [self._choice(choice, delta) for choice, delta in choices],
-            "usage": usage,
+            "usage": chat_usage(usage),
             "prompt": [],
             **self._extras(choices[:: self._head.n]),
         }

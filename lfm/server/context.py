@@ -1,7 +1,7 @@
 """The outermost middleware: request id, the answer to every exception, one access-log line, metrics.
 
-Pure ASGI. An exception becomes a JSON body, or, once an event stream has begun, a data object with a top-level "error",
-which the SDKs raise. No traceback ever reaches a client.
+Pure ASGI. An exception becomes a JSON body, or, once an event stream has begun, the event that its API family has for
+errors. No traceback ever reaches a client.
 """
 
 import asyncio
@@ -15,8 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lfm.errors import LfmError, OverloadedError
 from lfm.server.asgi import send_json
-from lfm.server.errors import ClientLeft, GenerationError, error_body, error_headers, error_info
-from lfm.server.sse import DONE, data_event
+from lfm.server.dialect import is_anthropic
+from lfm.server.errors import (
+    ClientLeft,
+    GenerationError,
+    anthropic_error_body,
+    error_body,
+    error_headers,
+    error_info,
+)
 from lfm.server.state import AppState, RequestRecord, attach_record
 
 logger = logging.getLogger(__name__)
@@ -36,7 +43,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = _new_record(Headers(scope=scope))
+        record = _new_record(Headers(scope=scope), path=scope["path"])
         attach_record(scope, record)
         watched_send = _WatchedSend(send, record, self._state.config.stalled_reader_seconds)
         try:
@@ -62,9 +69,10 @@ class RequestContext:
         record.finish = "error"
         try:
             if not record.is_started:
-                await send_json(send, error_body(info), status=info.status, headers=error_headers(info, error))
-            elif record.is_event_stream:
-                await send({"type": "http.response.body", "body": data_event(error_body(info)) + DONE})
+                body = anthropic_error_body(info, record.request_id) if record.is_anthropic else error_body(info)
+                await send_json(send, body, status=info.status, headers=error_headers(info, error))
+            elif record.stream_failure is not None:
+                await send({"type": "http.response.body", "body": record.stream_failure(info)})
         except ClientLeft:
             record.status = CLIENT_LEFT_STATUS
 
@@ -111,7 +119,8 @@ class _WatchedSend:
     async def __call__(self, message: Message) -> None:
         record = self._record
         if message["type"] == "http.response.start":
-            message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode())]
+            names = (b"x-request-id", b"request-id") if record.is_anthropic else (b"x-request-id",)
+            message["headers"] = [*message["headers"], *((name, record.request_id.encode()) for name in names)]
             record.status = message["status"]
             record.is_started = True
         elif not message.get("more_body", False):
@@ -124,7 +133,7 @@ class _WatchedSend:
             raise ClientLeft("stalled") from None
 
 
-def _new_record(headers: Headers) -> RequestRecord:
+def _new_record(headers: Headers, *, path: str) -> RequestRecord:
     """A client's own request id is echoed if it is short and plain; it labels logs and nothing else."""
     given = headers.get("x-request-id", "")
     retry_count = headers.get("x-stainless-retry-count", "0")
@@ -132,4 +141,5 @@ def _new_record(headers: Headers) -> RequestRecord:
         request_id=given if SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}",
         started_s=time.monotonic(),
         retry_count=retry_count if re.fullmatch(r"[0-9]{1,3}", retry_count) else "0",
+        is_anthropic=is_anthropic(path),
     )

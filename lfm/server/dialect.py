@@ -1,4 +1,5 @@
-"""OpenAI's and Together's APIs differ in a few places where no answer satisfies both; the User-Agent decides there.
+"""Whose API a request speaks. Anthropic's has paths of its own. OpenAI's and Together's share theirs, but differ in a
+few places where no answer satisfies both; the User-Agent decides there.
 
 GET /models                     {"object": "list", "data": [...]}   |  a bare array
 completions object              text_completion                     |  text.completion, completion.chunk
@@ -18,3 +19,7 @@ TOGETHER_AGENT = re.compile(
 
 def is_together(headers: Headers) -> bool:
     return TOGETHER_AGENT.match(headers.get("user-agent", "")) is not None
+
+
+def is_anthropic(path: str) -> bool:
+    return path.endswith(("/messages", "/messages/count_tokens", "/messages/render"))

@@ -2,38 +2,89 @@
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from lfm.chat.stop import StopStrings
+from lfm.protocol import EngineRequest
 from lfm.server.admission import check_model, make_requests, open_generation
 from lfm.server.answer import AnswerHead, AnswerShape, send_events, send_whole
 from lfm.server.asgi import JsonBody, read_json_object
 from lfm.server.dialect import is_together
 from lfm.server.disconnect import run_while_connected
 from lfm.server.generation import Generation
-from lfm.server.refusals import refuse_unsupported, warnings_for
-from lfm.server.schemas import GenerationRequest, parse_request
+from lfm.server.refusals import FieldRules, as_warnings
+from lfm.server.schemas import SamplingRequest, parse_request
 from lfm.server.state import AppState, record_of
 
-R = TypeVar("R", bound=GenerationRequest)
+R = TypeVar("R", bound=SamplingRequest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One HTTP request as a family sees it. `num_bytes` is the size of its body, `owner` a digest of its key."""
+
+    state: AppState
+    num_bytes: int
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a family makes of a request: the ids of each prompt, the form of the answer, and what it has to warn of."""
+
+    prompts: list[list[int]]
+    shape: Callable[[AnswerHead], AnswerShape]
+    warnings: list[str] = field(default_factory=list)
 
 
 class Family(Protocol[R]):
-    """What tells chat from completions. `prompt_field` names the field that holds the prompt."""
+    """What tells the API families apart. `prompt_field` names the field that holds the prompt."""
 
     request_type: type[R]
     id_prefix: str
     prompt_field: str
+    rules: FieldRules
 
-    async def prompts(self, request: R, *, state: AppState, num_bytes: int) -> list[list[int]]:
-        """The ids of each prompt of a body of `num_bytes`. Raises RequestError for what no prompt can be built from."""
+    async def prepare(self, request: R, *, call: Call) -> Prepared:
+        """Build the prompts. Raises RequestError for what no prompt can be built from."""
 
-    def shape(self, request: R, prompts: Sequence[list[int]], *, head: AnswerHead, state: AppState) -> AnswerShape:
-        """The JSON of the answer."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned(Generic[R]):
+    """A request with everything that the engine needs; `num_choices` is that of each prompt."""
+
+    request: R
+    request_id: str
+    prepared: Prepared
+    stop: StopStrings
+    engine_requests: list[EngineRequest]
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.engine_requests) // len(self.prepared.prompts)
+
+
+async def plan_request(family: Family[R], body: dict[str, object], *, call: Call) -> Planned[R]:
+    """Everything before the engine. Raises RequestError for whatever is wrong with the request."""
+    request = parse_request(family.request_type, body)
+    check_model(request.model, call.state.model_name)
+    family.rules.refuse(body)
+    request.check_combinations()
+    stop = StopStrings(request.stop_strings, param=request.stop_field)
+    prepared = await family.prepare(request, call=call)
+    request_id = f"{family.id_prefix}{uuid.uuid4().hex}"
+    return Planned(
+        request=request,
+        request_id=request_id,
+        prepared=prepared,
+        stop=stop,
+        engine_requests=make_requests(request, prepared.prompts, request_id=request_id, state=call.state),
+    )
 
 
 class GenerationEndpoint(Generic[R]):
@@ -50,31 +101,24 @@ class GenerationEndpoint(Generic[R]):
 
     async def _answer(self, body: JsonBody, scope: Scope, send: Send) -> None:
         family, state, record = self._family, self._state, record_of(scope)
-        request = parse_request(family.request_type, body.value)
-        check_model(request.model, state.model_name)
-        refuse_unsupported(body.value)
-        request.check_combinations()
-        stop = StopStrings(request.stop or ())
-        prompts = await family.prompts(request, state=state, num_bytes=body.num_bytes)
-        request_id = f"{family.id_prefix}-{uuid.uuid4().hex}"
-        engine_requests = make_requests(request, prompts, request_id=request_id, state=state)
-        n = len(engine_requests) // len(prompts)
-        generation = Generation(engine_requests, stop=stop, n=n, state=state, record=record)
+        call = Call(state=state, num_bytes=body.num_bytes, owner=record.owner)
+        plan = await plan_request(family, body.value, call=call)
+        n = plan.num_choices
+        generation = Generation(plan.engine_requests, stop=plan.stop, n=n, state=state, record=record)
         head = AnswerHead(
-            request_id=request_id,
+            request_id=plan.request_id,
             created=int(time.time()),
             model=state.model_name,
             n=n,
-            warnings=warnings_for(body.value),
+            warnings=as_warnings(family.rules.warnings(body.value) + plan.prepared.warnings),
             for_together=is_together(Headers(scope=scope)),
-            includes_usage=request.includes_usage,
+            includes_usage=plan.request.includes_usage,
         )
-        shape = family.shape(request, prompts, head=head, state=state)
+        shape = plan.prepared.shape(head)
         try:
-            await open_generation(generation, request, prompt_field=family.prompt_field)
-            if request.stream:
-                keepalive_s = state.config.keepalive_seconds
-                await send_events(send, generation, shape, head=head, record=record, keepalive_s=keepalive_s)
+            await open_generation(generation, plan.request, prompt_field=family.prompt_field)
+            if plan.request.stream:
+                await send_events(send, generation, shape, record=record, keepalive_s=state.config.keepalive_seconds)
             else:
                 await send_whole(send, generation, shape)
         finally:

@@ -14,6 +14,13 @@ from lfm.protocol import ErrorInfo
 Headers = list[tuple[bytes, bytes]]
 
 SHUTTING_DOWN = "shutting_down"  # the code of every answer of a draining server
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
 
 
 class UnauthorizedError(RequestError):
@@ -92,6 +99,12 @@ def error_info(error: Exception, request_id: str) -> ErrorInfo:
 
 def error_body(info: ErrorInfo) -> dict[str, dict[str, str | None]]:
     return {"error": {"message": info.message, "type": info.type, "param": info.param, "code": info.code}}
+
+
+def anthropic_error_body(info: ErrorInfo, request_id: str) -> dict[str, object]:
+    """The same in Anthropic's envelope; its clients tell errors apart by `type`."""
+    kind = ANTHROPIC_TYPES.get(info.status, "invalid_request_error" if info.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": info.message}, "request_id": request_id}
 
 
 def error_headers(info: ErrorInfo, error: Exception) -> Headers:

@@ -5,7 +5,8 @@ end can get past them; what the messages mean belongs to `lfm.chat`.
 """
 
 import re
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
 
@@ -78,23 +79,23 @@ def _check_top_logprobs(value: int | None) -> int | None:
     return value
 
 
+StopField = Annotated[list[str] | None, BeforeValidator(_parse_stop)]
+TopLogprobsField = Annotated[int | None, AfterValidator(_check_top_logprobs)]
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
     include_usage: bool | None = None
 
 
-class GenerationRequest(BaseModel):
-    """What chat and completions have in common."""
+class SamplingRequest(BaseModel):
+    """What all API families have in common, and in which ways they may differ."""
 
     model_config = ConfigDict(strict=True, frozen=True, arbitrary_types_allowed=True)
 
     model: str
-    n: int | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
     min_tokens: int | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_parse_stop)] = None
     seed: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -104,30 +105,46 @@ class GenerationRequest(BaseModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[str, float] | None, AfterValidator(_check_logit_bias)] = None
-    logprobs: Annotated[bool | int | None, PlainValidator(_parse_logprobs)] = None
-    top_logprobs: Annotated[int | None, AfterValidator(_check_top_logprobs)] = None
-    echo: bool | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    context_length_exceeded_behavior: Literal["error", "truncate"] | None = None
-    user: str | None = None
+
+    stop_field: ClassVar[str] = "stop"
+
+    @property
+    def num_choices(self) -> int:
+        return 1
+
+    @property
+    def stop_strings(self) -> Sequence[str]:
+        return ()
 
     @property
     def num_logprobs(self) -> int | None:
-        """Alternatives to report per token, from OpenAI's pair of fields or Together's number; None: no logprobs."""
-        if self.logprobs is None or self.logprobs is False:
-            return None
-        return (self.top_logprobs or 0) if self.logprobs is True else max(self.logprobs, self.top_logprobs or 0)
+        """Alternatives to report per token; None: no logprobs."""
+        return None
 
     @property
-    def max_tokens_field(self) -> Literal["max_tokens", "max_completion_tokens"]:
-        """The name under which the client gave its limit: errors must name that one."""
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+    def num_prompt_logprobs(self) -> int | None:
+        return None
 
     @property
     def token_limit(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        """The most tokens to generate; None: all that is left of the context."""
+        return None
+
+    @property
+    def max_tokens_field(self) -> str:
+        """The name under which the client gave its limit: errors must name that one."""
+        return "max_tokens"
+
+    @property
+    def is_clamped(self) -> bool:
+        """Whether a limit beyond the context is lowered to what is left of it, not refused."""
+        return False
+
+    @property
+    def includes_usage(self) -> bool:
+        return False
 
     def requested_sampling(self) -> RequestedSampling:
         return RequestedSampling(
@@ -142,15 +159,63 @@ class GenerationRequest(BaseModel):
             logit_bias=None if self.logit_bias is None else {int(key): bias for key, bias in self.logit_bias.items()},
             seed=self.seed,
             logprobs=self.num_logprobs,
-            prompt_logprobs=self.num_logprobs if self.echo else None,
+            prompt_logprobs=self.num_prompt_logprobs,
         )
+
+    def check_combinations(self) -> None:
+        """Raises RequestError for fields that contradict each other."""
+
+
+class GenerationRequest(SamplingRequest):
+    """What chat and completions have in common."""
+
+    n: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    stop: StopField = None
+    logprobs: Annotated[bool | int | None, PlainValidator(_parse_logprobs)] = None
+    top_logprobs: TopLogprobsField = None
+    echo: bool | None = None
+    stream_options: StreamOptions | None = None
+    context_length_exceeded_behavior: Literal["error", "truncate"] | None = None
+    user: str | None = None
+
+    @property
+    def num_choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def stop_strings(self) -> Sequence[str]:
+        return self.stop or ()
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """From OpenAI's pair of fields or Together's number."""
+        if self.logprobs is None or self.logprobs is False:
+            return None
+        return (self.top_logprobs or 0) if self.logprobs is True else max(self.logprobs, self.top_logprobs or 0)
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.num_logprobs if self.echo else None
+
+    @property
+    def max_tokens_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def is_clamped(self) -> bool:
+        return self.context_length_exceeded_behavior == "truncate"
 
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def check_combinations(self) -> None:
-        """Raises RequestError for fields that contradict each other."""
         if self.top_logprobs and (self.logprobs is None or self.logprobs is False):
             raise RequestError(
                 f"top_logprobs={self.top_logprobs} needs logprobs=true. Set it, or leave top_logprobs out.",

@@ -5,6 +5,7 @@ Nothing here is global: two apps in one process have two states.
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from starlette.types import Scope
@@ -14,6 +15,7 @@ from lfm.chat.tokenizer import Tokenizer
 from lfm.config import ModelConfig, ServerConfig
 from lfm.engine.client import EngineBackend
 from lfm.errors import OverloadedError
+from lfm.protocol import ErrorInfo
 from lfm.server.errors import SHUTTING_DOWN
 from lfm.server.metrics import Metrics
 
@@ -31,7 +33,9 @@ class RequestRecord:
     status: int = 0
     is_started: bool = False  # the response's status line is out
     is_complete: bool = False  # its last byte was handed to the server
-    is_event_stream: bool = False
+    stream_failure: Callable[[ErrorInfo], bytes] | None = None  # how its event stream tells of an error
+    is_anthropic: bool = False  # errors and headers in Anthropic's form
+    owner: str = ""  # a digest of its API key, empty on a server without one
     first_token_s: float | None = None  # seconds after the start
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0

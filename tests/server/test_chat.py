@@ -283,6 +283,33 @@ def test_fields_without_effect_get_a_warning(client: AppClient) -> None:
     assert ["warnings" in event for event in events] == [False, True] + [False] * (len(events) - 2)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("reasoning_effort", "low"),
+        ("reasoning", {"enabled": True}),
+        ("chat_template_kwargs", {"enable_thinking": True}),
+        ("verbosity", "low"),
+        ("prediction", {"type": "content", "content": "a"}),
+        ("service_tier", "flex"),
+        ("service_tier", "priority"),
+        ("store", True),
+        ("prompt_cache_retention", "24h"),
+        ("prompt_cache_options", {"mode": "explicit"}),
+    ],
+)
+def test_every_field_without_effect_is_told(client: AppClient, field: str, value: object) -> None:
+    (warning,) = client.chat(**{field: value}).json()["warnings"]
+    assert warning["message"].startswith(f"{field} has no effect: ")
+
+
+def test_fields_of_messages_without_effect_are_told_once(client: AppClient) -> None:
+    past = {"role": "assistant", "content": "a", "reasoning": "r", "reasoning_content": "r", "name": "Bob"}
+    answer = client.chat(messages=[past, past, {"role": "user", "content": "Hi", "name": "Ann"}]).json()
+    told = [warning["message"].partition(" ")[0] for warning in answer["warnings"]]
+    assert told == ["messages[].reasoning", "messages[].reasoning_content", "messages[].name"]
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/v1/chat/completions", "/chat/completions"])
 def test_every_alias_of_the_path_answers(client: AppClient, path: str) -> None:
     assert client.post(path, chat_body()).status_code == 200

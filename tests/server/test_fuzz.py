@@ -7,11 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lfm.server.refusals import REFUSED, WITHOUT_EFFECT
+from lfm.server.refusals import CHAT_RULES
 from lfm.server.schemas import ChatRequest, CompletionRequest
 from tests.server.fakes import CHAT_PATH, MODEL, AppClient, chat_body
 
-FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, *REFUSED, *WITHOUT_EFFECT, "anything"})
+FIELDS = sorted(
+    {
+        *ChatRequest.model_fields,
+        *CompletionRequest.model_fields,
+        *CHAT_RULES.refused,
+        *CHAT_RULES.without_effect,
+        "anything",
+    }
+)
 EDGES = [0, -1, 1, 2**31, 2**53, 2**63, 2**64 - 1, -(2**63), 1e308, -1e-308, 0.5, True, None, "", "\x00", "auto", MODEL]
 
 json_values = st.recursive(

@@ -32,10 +32,11 @@ test-fast: $(INSTALLED) ## the tests that start no processes and no clients
 test-gpu: $(INSTALLED) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-check: $(INSTALLED) ## formatting, lint and types
+check: $(INSTALLED) ## formatting, lint, types, and the README's table
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/python bench/table.py --check
 
 format: $(INSTALLED) ## format, and mend what lint can mend
 	$(BIN)/ruff format

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from lfm.cli import options
 from lfm.cli.options import ENGINE
+from lfm.cli.workloads import WORKLOADS, find_workloads
 from lfm.config import EngineConfig
 from lfm.errors import UsageError
 
@@ -12,7 +13,7 @@ from lfm.errors import UsageError
 def offline(
     model: options.ModelArgument = ENGINE.model,
     workload: Annotated[
-        str, options.flag("workload", "Which ones, with commas: b1,b8,b32,b128,b1024,prefill,long,agents.")
+        str, options.flag("workload", "Which ones, with commas, or all: " + ",".join(WORKLOADS) + ".")
     ] = "b1,b8",
     output: Annotated[
         Path | None, options.flag("output", "File for the results, one JSON line per workload. It is overwritten.")
@@ -39,7 +40,6 @@ def offline(
     penalties, exact output lengths, new prompt ids in every run, no prefix caching but for `agents`.
     """
     from lfm.cli.offline import Facts, measure, print_results, results_file
-    from lfm.cli.workloads import find_workloads
 
     if not 1 <= runs <= 100:
         raise UsageError(f"--runs {runs} is out of range. Allowed: 1 to 100.")

@@ -6,6 +6,7 @@ the device's memory and arithmetic allow (`lfm.model.limits`); it is null for de
 
 import contextlib
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ from lfm.protocol import EngineRequest, SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND_S = 10.0
+ZIPF_SCALE = 0.19 * 6**0.5 / math.pi
 COUNTED_TOKENS = 64  # decoding steps in which the experts are counted
 
 
@@ -99,13 +101,15 @@ def measure(config: EngineConfig, workloads: Sequence[Workload], *, num_runs: in
 
 def _measure(llm: LLM, workload: Workload, *, config: EngineConfig, num_runs: int, facts: Facts) -> Result:
     prompts = _Prompts(workload, vocab_size=llm.source.config.vocab_size)
-    hit = _mean_experts_hit(llm, prompts.new_requests(max_output_tokens=COUNTED_TOKENS))
-    _run_once(llm, prompts.new_requests())
-    llm.engine.host_ms.clear()
-    runs_s = [_run_once(llm, prompts.new_requests()) for _ in range(num_runs)]
+    with _routing(llm, workload):
+        hit = _mean_experts_hit(llm, prompts.new_requests(max_output_tokens=COUNTED_TOKENS))
+        _run_once(llm, prompts.new_requests(), workload)
+        llm.engine.host_ms.clear()
+        runs_s = [_run_once(llm, prompts.new_requests(), workload) for _ in range(num_runs)]
     median_s = statistics.median(runs_s)
     input_tokens = workload.shared_tokens + workload.input_tokens
-    output_tokens = workload.requests * workload.output_tokens
+    output_tokens = workload.num_timed_tokens
+    timed_tokens = output_tokens + (0 if workload.is_decode_only else workload.requests * input_tokens)
     return Result(
         workload=workload.name,
         model=llm.source.name,
@@ -116,11 +120,11 @@ def _measure(llm: LLM, workload: Workload, *, config: EngineConfig, num_runs: in
         requests=workload.requests,
         input_tokens=input_tokens,
         output_tokens=workload.output_tokens,
-        sampling="greedy",
+        sampling=workload.sampling,
         runs_s=[round(seconds, 5) for seconds in runs_s],
         spread=round((max(runs_s) - min(runs_s)) / median_s, 4),
         output_tokens_per_s=round(output_tokens / median_s, 1),
-        total_tokens_per_s=round((workload.requests * input_tokens + output_tokens) / median_s, 1),
+        total_tokens_per_s=round(timed_tokens / median_s, 1),
         limit_share=_limit_share(llm, workload, seconds=median_s, gpu=facts.gpu, hit=hit),
         experts_hit=None if hit is None else round(hit, 2),
         host_ms_per_step=round(statistics.median(llm.engine.host_ms), 4) if llm.engine.host_ms else None,
@@ -140,6 +144,8 @@ class _Prompts:
         shared = self._ids(self._workload.shared_tokens)
         output_tokens = min(self._workload.output_tokens, max_output_tokens or self._workload.output_tokens)
         sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0)
+        if self._workload.sampling == "default":
+            sampling = SamplingParams(max_tokens=output_tokens, temperature=0.1, top_k=50, repetition_penalty=1.05)
         requests = []
         for _ in range(self._workload.requests):
             self._num_made += 1
@@ -157,13 +163,17 @@ class _Prompts:
         return self._random.choices(range(self._vocab_size), k=count)
 
 
-def _run_once(llm: LLM, requests: list[EngineRequest]) -> float:
-    """Seconds from the submission of all requests to the last token on the host."""
+def _run_once(llm: LLM, requests: list[EngineRequest], workload: Workload | None = None) -> float:
+    """Seconds from the submission of all requests, or from everyone's first token, to the last token on the host."""
     num_expected = sum(request.sampling.max_tokens for request in requests)
     num_tokens = 0
+    waits_for_first = {request.request_id for request in requests} if workload and workload.is_decode_only else set()
     start_s = time.perf_counter()
     for events in llm.run(requests):
         num_tokens += sum(len(event.token_ids) for event in events)
+        if waits_for_first:
+            waits_for_first -= {event.request_id for event in events if event.token_ids}
+            start_s = time.perf_counter()
     seconds = time.perf_counter() - start_s
     if num_tokens != num_expected:
         raise InternalError(f"The engine made {num_tokens} tokens where {num_expected} were asked for.")
@@ -192,6 +202,24 @@ def _limit_share(llm: LLM, workload: Workload, *, seconds: float, gpu: str | Non
     if peak is None or llm.engine.info.dtype != "bfloat16":
         return None
     return round(limit_seconds(llm.source.config, workload, peak, decode_experts_hit=hit) / seconds, 4)
+
+
+@contextlib.contextmanager
+def _routing(llm: LLM, workload: Workload) -> Iterator[None]:
+    """Bias every router so that experts are as popular as a Zipf law says, where the workload asks for it.
+
+    The best of scores plus -c ln(rank) follows the law if the scores' noise is Gumbel-like with scale c. The scores of
+    random weights are sigmoids of normal numbers of deviation 0.9: their deviation is 0.19, and c = 0.19 sqrt(6) / pi.
+    """
+    biases = [buffer for name, buffer in llm.engine.runner.model.named_buffers() if name.endswith("expert_bias")]
+    kept = [bias.clone() for bias in biases]
+    for bias in biases if workload.routing == "zipf" else ():
+        bias -= ZIPF_SCALE * torch.arange(1, len(bias) + 1, device=bias.device).log()
+    try:
+        yield
+    finally:
+        for bias, values in zip(biases, kept, strict=True):
+            bias.copy_(values)
 
 
 @contextlib.contextmanager

@@ -13,17 +13,22 @@ _ALL = (
     Workload(name="long", requests=16, input_tokens=30_000, output_tokens=256),
     # 256 agents with one prompt prefix: computed once, found in the cache by the others.
     Workload(name="agents", requests=256, input_tokens=256, output_tokens=64, shared_tokens=4096),
+    Workload(name="b32-zipf", requests=32, input_tokens=128, output_tokens=256, routing="zipf"),
+    Workload(name="b128-default", requests=128, input_tokens=1024, output_tokens=256, sampling="default"),
+    Workload(name="decode-30k", requests=32, input_tokens=30_000, output_tokens=128, is_decode_only=True),
 )
 WORKLOADS = {workload.name: workload for workload in _ALL}
 
 
 def find_workloads(names: str) -> list[Workload]:
-    """The workloads that a comma-separated list names. Raises UsageError for an unknown one."""
+    """The workloads that a comma-separated list names, or `all`. Raises UsageError for an unknown one."""
+    if names.strip() == "all":
+        return list(WORKLOADS.values())
     found = []
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name not in WORKLOADS:
-            raise UsageError(f"--workload {name} is not known. Allowed: {', '.join(WORKLOADS)}.")
+            raise UsageError(f"--workload {name} is not known. Allowed: all, {', '.join(WORKLOADS)}.")
         found.append(WORKLOADS[name])
     if not found:
-        raise UsageError(f"--workload names nothing. Allowed: {', '.join(WORKLOADS)}.")
+        raise UsageError(f"--workload names nothing. Allowed: all, {', '.join(WORKLOADS)}.")
     return found

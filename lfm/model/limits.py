@@ -8,6 +8,7 @@ fastest counts. Nothing else costs time here: no launches, no host, no activatio
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from lfm.config import ModelConfig
 from lfm.model.sizes import conv_state_bytes, expert_parameters, kv_bytes_per_token, num_active_parameters
@@ -30,13 +31,25 @@ PEAKS = {"NVIDIA H200": Peak(4.3e12, 790e12)}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Requests that are submitted together. `shared_tokens` is a prompt prefix common to all, beside `input_tokens`."""
+    """Requests that are submitted together. `shared_tokens` is a prompt prefix common to all, beside `input_tokens`.
+
+    `sampling` "default" is the 24B's own recommendation. `routing` "zipf" biases every router so that the popularity of
+    experts falls with their rank. `is_decode_only`: timed from the moment when every request has its first token.
+    """
 
     name: str
     requests: int
     input_tokens: int
     output_tokens: int
     shared_tokens: int = 0
+    sampling: Literal["greedy", "default"] = "greedy"
+    routing: Literal["random", "zipf"] = "random"
+    is_decode_only: bool = False
+
+    @property
+    def num_timed_tokens(self) -> int:
+        """Output tokens that fall into the timed part."""
+        return self.requests * (self.output_tokens - self.is_decode_only)
 
 
 @dataclass(slots=True)
@@ -112,6 +125,9 @@ class _Step:
 def _simulate(workload: Workload, step: _Step, budget: int) -> float:
     chunks = _Prompts(workload)
     groups: list[_Group] = []
+    if workload.is_decode_only:
+        context = workload.shared_tokens + workload.input_tokens + 1
+        groups, chunks = [_Group(workload.requests, context, workload.output_tokens - 1)], _Prompts(workload, done=True)
     seconds = 0.0
     while groups or not chunks.is_done:
         rows = sum(group.num_sequences for group in groups)
@@ -130,10 +146,10 @@ def _simulate(workload: Workload, step: _Step, budget: int) -> float:
 class _Prompts:
     """The prompts of a workload, taken in order; the first one computes the shared prefix for all."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, *, done: bool = False) -> None:
         self._shared = workload.shared_tokens
         self._input = workload.input_tokens
-        self._num_left = workload.requests
+        self._num_left = 0 if done else workload.requests
         self._done = 0  # tokens of the current prompt that are computed
         self._start = 0  # where the current prompt starts computing: behind the prefix for all but the first
 

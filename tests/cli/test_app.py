@@ -135,7 +135,7 @@ def test_the_environment_is_read_when_the_command_starts(
         (["generate", "a", "b", "c"], "3 arguments were given"),
         (["chat", "--url", "ftp://x"], "--url ftp://x is no address"),
         (["info", "random:nothing"], "random:nothing is not known"),
-        (["bench", "offline", "--workload", "b1,zz"], "--workload zz is not known. Allowed: b1, b8"),
+        (["bench", "offline", "--workload", "b1,zz"], "--workload zz is not known. Allowed: all, b1, b8"),
         (["bench", "offline", "--workload", ","], "--workload names nothing"),
         (["bench", "offline", "--runs", "0"], "--runs 0 is out of range"),
         (["bench", "serve", "--rate", "0"], "--rate 0.0 is out of range"),

@@ -46,7 +46,38 @@ def test_the_workloads_are_those_that_results_are_compared_under() -> None:
         "prefill": (1, 0, 8192, 1),
         "long": (16, 0, 30_000, 256),
         "agents": (256, 4096, 256, 64),
+        "b32-zipf": (32, 0, 128, 256),
+        "b128-default": (128, 0, 1024, 256),
+        "decode-30k": (32, 0, 30_000, 128),
     }
+    assert find_workloads("all") == list(WORKLOADS.values())
+
+
+def test_only_decoding_is_timed_where_a_workload_says_so() -> None:
+    workload = Workload(name="decode", requests=3, input_tokens=20, output_tokens=5, is_decode_only=True)
+    (result,) = measure(CONFIG, [workload], num_runs=1, facts=FACTS)
+    assert result.output_tokens_per_s == pytest.approx(3 * 4 / result.runs_s[0], rel=0.01)
+    assert result.total_tokens_per_s == result.output_tokens_per_s
+
+
+def test_a_zipf_router_visits_fewer_experts_and_is_undone() -> None:
+    shape = {"requests": 6, "input_tokens": 8, "output_tokens": 4}
+    workloads = [
+        Workload(name="uniform", **shape),
+        Workload(name="skewed", routing="zipf", **shape),
+        Workload(name="uniform", **shape),
+    ]
+    before, skewed, after = measure(CONFIG, workloads, num_runs=1, facts=FACTS)
+    assert skewed.experts_hit is not None
+    assert before.experts_hit is not None
+    assert skewed.experts_hit < before.experts_hit
+    assert after.experts_hit == before.experts_hit
+
+
+def test_default_sampling_is_what_the_24b_recommends() -> None:
+    workload = Workload(name="default", requests=2, input_tokens=8, output_tokens=4, sampling="default")
+    (result,) = measure(CONFIG, [workload], num_runs=1, facts=FACTS)
+    assert result.sampling == "default"
 
 
 def test_workloads_are_named_with_commas() -> None:

@@ -86,6 +86,11 @@ class OutputProcessor:
         """Whether the terminal delta was returned."""
         return self.finish_reason is not None
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._stop.matched
+
     def feed(self, event: TokenEvent) -> Delta:
         """Turn one event of this choice into its delta, which may be empty. Raises InternalError for a broken event."""
         if self.is_finished:

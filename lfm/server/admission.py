@@ -50,11 +50,14 @@ async def in_thread_if_long(work: Callable[[], _T], *, num_bytes: int) -> _T:
     return await asyncio.to_thread(work) if num_bytes > LONG_BODY_BYTES else work()
 
 
-async def chat_prompt(messages: Sequence[Message], *, state: AppState, num_bytes: int, param: str) -> list[int]:
+async def chat_prompt(
+    messages: Sequence[Message], *, state: AppState, num_bytes: int, param: str, add_generation_prompt: bool = True
+) -> list[int]:
     """The ids of a conversation. `param` is what the client calls it, for errors; `num_bytes` about how long it is."""
     check_text_size(sum(len(message.text) for message in messages), state, param=param)
+    build = partial(build_prompt, state.tokenizer, messages, add_generation_prompt=add_generation_prompt)
     try:
-        return await in_thread_if_long(partial(build_prompt, state.tokenizer, messages), num_bytes=num_bytes)
+        return await in_thread_if_long(build, num_bytes=num_bytes)
     except RequestError as error:
         error.message = error.message.replace("messages", param, 1)
         error.param = error.param and error.param.replace("messages", param, 1)

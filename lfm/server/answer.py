@@ -63,7 +63,7 @@ class AnswerShape(Protocol):
     async def end(self, usage: Usage) -> bytes:
         """The events after the last delta."""
 
-    def failure(self, error: ErrorInfo) -> bytes:
+    def failure(self, error: ErrorInfo, http_request_id: str) -> bytes:
         """The events that end a stream which cannot go on."""
 
     async def body(self, choices: Sequence[tuple[Choice, Delta]], usage: Usage) -> Json:
@@ -111,7 +111,7 @@ class ChunkShape(ABC):
     async def end(self, usage: Usage) -> bytes:
         return (data_event(self.usage_chunk(chat_usage(usage))) if self._head.includes_usage else b"") + DONE
 
-    def failure(self, error: ErrorInfo) -> bytes:
+    def failure(self, error: ErrorInfo, http_request_id: str) -> bytes:
         """A data object with a top-level "error", which the SDKs raise."""
         return data_event(error_body(error)) + DONE
 

@@ -25,9 +25,12 @@ from lfm.server.endpoint import GenerationEndpoint
 from lfm.server.errors import from_http_exception
 from lfm.server.guard import Guard
 from lfm.server.health import Liveness, Readiness
+from lfm.server.messages import Messages, TokenCount
 from lfm.server.metrics import Metrics, MetricsPage
 from lfm.server.models import ModelDetail, ModelList, ProjectModels, SupportedModels
 from lfm.server.state import AppState, record_of
+from lfm.service.data_folder import data_folder
+from lfm.service.responses_store import ResponsesStore
 
 # Users give a base URL with /v1 to clients that add it themselves, and one without it to clients that do not.
 V1_PREFIXES = ("/v1", "/v1/v1", "")
@@ -43,12 +46,14 @@ def create_app(
     defaults: SamplingDefaults,
     config: ServerConfig,
     worker: int = 0,
+    responses: ResponsesStore | None = None,
 ) -> Starlette:
     """Make the ASGI app of one API process; its `AppState` is `app.state.lfm`.
 
     Args:
         model_name: the name that requests must use (`ServerConfig.served_model_name`, else the model source's name).
         worker: number of this API process, for the metrics' label.
+        responses: where responses are stored; by default in the user's data folder.
     """
     state = AppState(
         backend=backend,
@@ -58,6 +63,7 @@ def create_app(
         defaults=defaults,
         config=config,
         metrics=Metrics(backend, model_name=model_name, worker=worker),
+        responses=responses or ResponsesStore(data_folder() / "responses.sqlite3"),
     )
     app = Starlette(
         routes=_routes(state),
@@ -80,6 +86,8 @@ def _routes(state: AppState) -> list[Route]:
         routes += [
             _route("POST", f"{prefix}/chat/completions", GenerationEndpoint(Chat(), state)),
             _route("POST", f"{prefix}/completions", GenerationEndpoint(Completions(), state)),
+            _route("POST", f"{prefix}/messages", GenerationEndpoint(Messages(), state)),
+            _route("POST", f"{prefix}/messages/count_tokens", TokenCount(state)),
             _route("GET", f"{prefix}/models", ModelList(state)),
             _route("GET", f"{prefix}/models/{{model:path}}", ModelDetail(state)),
         ]

@@ -72,7 +72,7 @@ class RequestContext:
                 body = anthropic_error_body(info, record.request_id) if record.is_anthropic else error_body(info)
                 await send_json(send, body, status=info.status, headers=error_headers(info, error))
             elif record.stream_failure is not None:
-                await send({"type": "http.response.body", "body": record.stream_failure(info)})
+                await send({"type": "http.response.body", "body": record.stream_failure(info, record.request_id)})
         except ClientLeft:
             record.status = CLIENT_LEFT_STATUS
 

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lfm.config import ServerConfig
 from lfm.protocol import MAX_HEADER_BYTES
 from lfm.server.errors import ForbiddenError, HeadersTooLargeError, UnauthorizedError
+from lfm.server.state import record_of
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health"})
 
@@ -34,7 +35,7 @@ class Guard:
             self._check_origin(headers)
             # scope["path"] is what the router matches; the raw target or the Host header could say something else.
             if scope["path"] not in PUBLIC_PATHS:
-                self._check_key(headers)
+                record_of(scope).owner = self._check_key(headers)
         await self._app(scope, receive, send)
 
     def _check_host(self, headers: Headers) -> None:
@@ -74,16 +75,26 @@ class Guard:
         except ValueError:  # a name, not an address
             return False
 
-    def _check_key(self, headers: Headers) -> None:
+    def _check_key(self, headers: Headers) -> str:
+        """Whose request this is: a digest of the key, or nothing where no key is asked for."""
         if self._key_digest is None:
-            return
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
+            return ""
+        key = _credential(headers)
+        if not key:
             raise UnauthorizedError(
-                "There is no API key. Send the header 'Authorization: Bearer KEY'.", code="missing_api_key"
+                "There is no API key. Send the header 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
+                code="missing_api_key",
             )
-        if not hmac.compare_digest(_digest(key.strip().encode("latin-1")), self._key_digest):
+        if not hmac.compare_digest(_digest(key), self._key_digest):
             raise UnauthorizedError("The API key is wrong. Use the key that --api-key gave.", code="invalid_api_key")
+        return hashlib.sha256(b"owner:" + key).hexdigest()
+
+
+def _credential(headers: Headers) -> bytes:
+    """The one place that reads keys: OpenAI's and Together's header, else Anthropic's; empty if there is none."""
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    key = bearer.strip() if scheme.lower() == "bearer" else ""
+    return (key or headers.get("x-api-key", "").strip()).encode("latin-1")
 
 
 def check_header_size(headers: list[tuple[bytes, bytes]]) -> None:

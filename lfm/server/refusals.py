@@ -130,3 +130,23 @@ CHAT_RULES = FieldRules(
         "prompt_cache_options": (none_of({}, {"mode": "implicit"}), CACHE_IS_AUTOMATIC),
     },
 )
+
+MESSAGES_RULES = FieldRules(
+    refused={
+        "tools": none_of([]),
+        "tool_choice": none_of({"type": "auto"}, {"type": "none"}),
+        "output_format": none_of(),
+        "output_config.format": none_of(),
+        "mcp_servers": none_of([]),
+        "container": none_of(),
+    },
+    without_effect={
+        "thinking": (none_of({"type": "disabled"}), NO_REASONING),
+        "output_config.effort": (none_of(), NO_LEVEL),
+        "context_management": (none_of({}, {"edits": []}), "nothing is ever cut from a conversation"),
+        "diagnostics": (none_of({}), "this server compares no requests"),
+        "inference_geo": (none_of(), "everything runs on this machine"),
+        "service_tier": (none_of("auto", "standard_only"), ONE_TIER),
+        "speed": (none_of("standard"), ONE_TIER),
+    },
+)

@@ -98,6 +98,10 @@ class ApiServer(uvicorn.Server):
         else:
             self._drain_until = time.monotonic()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self._state.responses.close()
+
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
         if await super().on_tick(counter):

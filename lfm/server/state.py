@@ -18,6 +18,7 @@ from lfm.errors import OverloadedError
 from lfm.protocol import ErrorInfo
 from lfm.server.errors import SHUTTING_DOWN
 from lfm.server.metrics import Metrics
+from lfm.service.responses_store import ResponsesStore
 
 _RECORD_KEY = "lfm.record"
 
@@ -33,7 +34,7 @@ class RequestRecord:
     status: int = 0
     is_started: bool = False  # the response's status line is out
     is_complete: bool = False  # its last byte was handed to the server
-    stream_failure: Callable[[ErrorInfo], bytes] | None = None  # how its event stream tells of an error
+    stream_failure: Callable[[ErrorInfo, str], bytes] | None = None  # how its event stream tells of an error
     is_anthropic: bool = False  # errors and headers in Anthropic's form
     owner: str = ""  # a digest of its API key, empty on a server without one
     first_token_s: float | None = None  # seconds after the start
@@ -54,6 +55,7 @@ class AppState:
     defaults: SamplingDefaults
     config: ServerConfig
     metrics: Metrics
+    responses: ResponsesStore
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     works: set[asyncio.Task[None]] = field(default_factory=set)  # generations in flight

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -20,6 +21,7 @@ from lfm.protocol import EngineInfo, EngineRequest, EngineStats, TokenEvent, Tok
 from lfm.server.app import create_app
 from lfm.server.run import ApiServer, bind_socket
 from lfm.server.state import AppState
+from lfm.service.responses_store import ResponsesStore
 from tests.waiting import wait_until
 
 MODEL_CONFIG = ModelConfig(
@@ -206,7 +208,14 @@ class FakeBackend:
             stream.wake()
 
 
-def make_app(backend: FakeBackend, config: ServerConfig | None = None, *, model_name: str = MODEL) -> Starlette:
+def make_app(
+    backend: FakeBackend,
+    config: ServerConfig | None = None,
+    *,
+    model_name: str = MODEL,
+    responses: ResponsesStore | None = None,
+) -> Starlette:
+    """Responses are stored only if there is a store for them: no test may write into the user's own."""
     return create_app(
         backend=backend,
         tokenizer=TOKENIZER,
@@ -214,6 +223,7 @@ def make_app(backend: FakeBackend, config: ServerConfig | None = None, *, model_
         model_name=model_name,
         defaults=DEFAULTS,
         config=config or ServerConfig(),
+        responses=responses or ResponsesStore(Path("/dev/null/responses.sqlite3")),
     )
 
 
@@ -229,10 +239,11 @@ class AppClient:
 
     backend: FakeBackend = field(default_factory=FakeBackend)
     config: ServerConfig = field(default_factory=ServerConfig)
+    responses: ResponsesStore | None = None
     app: Starlette = field(init=False)
 
     def __post_init__(self) -> None:
-        self.app = make_app(self.backend, self.config)
+        self.app = make_app(self.backend, self.config, responses=self.responses)
 
     def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
         async def call() -> httpx2.Response:
@@ -257,6 +268,18 @@ class AppClient:
 
 def chat_body(**fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], **fields}
+
+
+def named_events_of(response: httpx2.Response) -> list[dict[str, Any]]:
+    """The JSON of each event of a stream whose events have names: always the `type` of their data."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = []
+    for block in response.text.split("\n\n"):
+        if block and not block.startswith(":") and block != "data: [DONE]":
+            name, data = block.split("\n")
+            events.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {events[-1]['type']}"
+    return events
 
 
 def events_of(response: httpx2.Response) -> list[dict[str, Any]]:
@@ -294,10 +317,12 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def serving(backend: FakeBackend, config: ServerConfig | None = None) -> Iterator[RunningServer]:
+def serving(
+    backend: FakeBackend, config: ServerConfig | None = None, *, responses: ResponsesStore | None = None
+) -> Iterator[RunningServer]:
     """Serve an app on a free port until the block ends."""
     config = config or ServerConfig(port=0)
-    app = make_app(backend, config)
+    app = make_app(backend, config, responses=responses)
     server = ApiServer(app, config)
     sock = bind_socket(config)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"

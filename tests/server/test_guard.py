@@ -10,6 +10,7 @@ from tests.server.fakes import CHAT_PATH, MODEL, AppClient, chat_body
 
 KEY = "sk-lfm-secret"
 WITH_KEY = {"Authorization": f"Bearer {KEY}"}
+BASIC = {"Authorization": "Basic YTpi"}  # what a proxy may add
 
 
 @pytest.fixture
@@ -63,6 +64,14 @@ def test_the_right_key_opens(keyed: AppClient) -> None:
     assert keyed.post(CHAT_PATH, chat_body(), headers=WITH_KEY).status_code == 200
     assert keyed.get("/v1/models", headers={"Authorization": f"bearer  {KEY} "}).status_code == 200
     assert keyed.get("/metrics", headers=WITH_KEY).status_code == 200
+
+
+def test_the_key_may_come_in_either_header(keyed: AppClient) -> None:
+    """Clients of OpenAI and Together send one, Anthropic's send the other, or both."""
+    for headers in ({"x-api-key": KEY}, {"X-Api-Key": f" {KEY} ", **WITH_KEY}, {"x-api-key": KEY, **BASIC}):
+        assert keyed.get("/v1/models", headers=headers).status_code == 200
+    for headers in ({"x-api-key": ""}, {"x-api-key": KEY, "Authorization": "Bearer wrong"}, {"x-api-key": f"{KEY}x"}):
+        assert keyed.get("/v1/models", headers=headers).status_code == 401
 
 
 def test_a_key_beyond_ascii_works() -> None:

@@ -1,0 +1,166 @@
+"""The bodies of Anthropic's Messages API, and how their blocks become chat messages."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator, PlainValidator
+
+from lfm.chat.json_fields import json_type, typed
+from lfm.chat.messages import Message, ToolCall
+from lfm.errors import RequestError
+from lfm.server.schemas import SamplingRequest, shown
+from lfm.server.tool_turns import ToolTurns
+
+# Claude Code's first system block. It changes with every request, so no prefix after it would ever be found again.
+BILLING_HEADER = "x-anthropic-billing-header"
+PAST_THINKING = ("thinking", "redacted_thinking")  # of other models; this one has no place for it
+
+Block = dict[str, object]
+
+
+def parse_system(value: object) -> str:
+    """The system text: a string, or text blocks, one per line."""
+    if value is None:
+        return ""
+    blocks = _blocks(value, "system")
+    texts = [_without_billing_header(_text(block, where, "text")) for block, where in blocks]
+    return "\n".join(text for text in texts if text)
+
+
+def parse_turns(value: object) -> list[Message]:
+    """The turns as chat messages. Raises RequestError with the path of whatever no prompt can be built from."""
+    messages: list[Message] = []
+    turns = ToolTurns()
+    for index, item in enumerate(typed(value, list, "messages")):
+        where = f"messages[{index}]"
+        raw = typed(item, dict, where)
+        role = typed(raw.get("role"), str, f"{where}.role")
+        blocks = _blocks(raw.get("content"), f"{where}.content")
+        if role == "assistant":
+            messages.append(_assistant_turn(blocks, turns))
+        elif role == "user":
+            messages += _user_turns(blocks, turns)
+        else:
+            raise RequestError(
+                f"{where}.role={role[:80]!r} is not known. Allowed: user, assistant. A system text goes into `system`.",
+                param=f"{where}.role",
+            )
+    if not messages:
+        raise RequestError("messages is empty. Send at least one message.", param="messages")
+    if messages[-1].tool_calls:
+        raise RequestError(
+            "messages ends with a tool_use that has no result. Send its tool_result in a user message after it.",
+            param="messages",
+        )
+    return messages
+
+
+def _parse_stop_sequences(value: object) -> object:
+    if value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        return value
+    raise RequestError(
+        f"stop_sequences={shown(value)} is not valid. Allowed: an array of strings.", param="stop_sequences"
+    )
+
+
+class TokenCountRequest(SamplingRequest):
+    """POST /v1/messages/count_tokens."""
+
+    messages: Annotated[list[Message], PlainValidator(parse_turns)]
+    system: Annotated[str, PlainValidator(parse_system)] = ""
+
+    @property
+    def conversation(self) -> list[Message]:
+        system = [Message(role="system", content=self.system)] if self.system else []
+        return [*system, *self.messages]
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether the answer continues the last turn."""
+        return self.messages[-1].role == "assistant"
+
+
+class MessagesRequest(TokenCountRequest):
+    """POST /v1/messages. `max_tokens` beyond the context is lowered to what is left: clients send their own models'."""
+
+    stop_field: ClassVar[str] = "stop_sequences"
+
+    max_tokens: int
+    stop_sequences: Annotated[list[str] | None, BeforeValidator(_parse_stop_sequences)] = None
+
+    @property
+    def stop_strings(self) -> Sequence[str]:
+        return self.stop_sequences or ()
+
+    @property
+    def token_limit(self) -> int:
+        return self.max_tokens
+
+    @property
+    def is_clamped(self) -> bool:
+        return True
+
+
+def _assistant_turn(blocks: Sequence[tuple[Block, str]], turns: ToolTurns) -> Message:
+    texts, calls = [], []
+    for block, where in blocks:
+        kind = block["type"]
+        if kind == "tool_use":
+            turns.add_call(typed(block.get("id"), str, f"{where}.id"), f"{where}.id")
+            name = typed(block.get("name"), str, f"{where}.name")
+            calls.append(ToolCall(name=name, arguments=typed(block.get("input"), dict, f"{where}.input")))
+        elif kind not in PAST_THINKING:
+            texts.append(_text(block, where, "text, tool_use"))
+    return Message(role="assistant", content="".join(texts), tool_calls=tuple(calls))
+
+
+def _user_turns(blocks: Sequence[tuple[Block, str]], turns: ToolTurns) -> list[Message]:
+    """Tool results become messages of their own, in front of or behind the text as they stand."""
+    messages: list[Message] = []
+    for are_results, group in groupby(blocks, key=lambda block: block[0]["type"] == "tool_result"):
+        if are_results:
+            messages += turns.in_call_order([_tool_result(block, where, turns) for block, where in group])
+        else:
+            text = "\n".join(_text(block, where, "text, tool_result") for block, where in group)
+            messages.append(Message(role="user", content=text))
+    return messages or [Message(role="user", content="")]
+
+
+def _tool_result(block: Block, where: str, turns: ToolTurns) -> Message:
+    call_id = typed(block.get("tool_use_id"), str, f"{where}.tool_use_id")
+    turns.add_result(call_id, f"{where}.tool_use_id")
+    content = block.get("content")
+    parts = [] if content is None else _blocks(content, f"{where}.content")
+    text = "\n".join(_text(part, part_where, "text") for part, part_where in parts)
+    if block.get("is_error"):
+        text = f"Error: {text}"  # the layout has no other place for the mark
+    return Message(role="tool", content=text, tool_call_id=call_id)
+
+
+def _blocks(value: object, where: str) -> list[tuple[Block, str]]:
+    """The content blocks with their paths; a string is one text block."""
+    if isinstance(value, str):
+        return [({"type": "text", "text": value}, where)]
+    if not isinstance(value, list):
+        raise RequestError(f"{where} is {json_type(value)}. Allowed: a string or an array of blocks.", param=where)
+    blocks = []
+    for index, item in enumerate(value):
+        block = typed(item, dict, f"{where}[{index}]")
+        typed(block.get("type"), str, f"{where}[{index}].type")
+        blocks.append((block, f"{where}[{index}]"))
+    return blocks
+
+
+def _text(block: Block, where: str, allowed: str) -> str:
+    if block["type"] != "text":
+        raise RequestError(
+            f"{where}.type={shown(block['type'])} is not supported: this model reads text only. Allowed: {allowed}.",
+            param=where,
+        )
+    return typed(block.get("text"), str, f"{where}.text")
+
+
+def _without_billing_header(text: str) -> str:
+    """That header is one line; whatever may follow it stays."""
+    return text.partition("\n")[2] if text.startswith(BILLING_HEADER) else text

@@ -4,6 +4,8 @@
 
 RoPE is the rotate-half form on the whole head; angles in fp32, cos and sin rounded to the activation dtype
 (transformers Lfm2RotaryEmbedding).
+`qkv` and `attend` are the kernels of qk_rope.py, paged_decode.py and paged_prefill.py where these can run; together,
+since the fast `attend` reads K and V from the cache and the fast `qkv` returns none.
 Legend: T tokens, S rows, H q heads, G kv heads, K head dim, N blocks, B block size, C context.
 """
 
@@ -12,7 +14,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lfm.kernels.forward_batch import ForwardBatch
-from lfm.kernels.norm import project_ref, rms_norm_ref
+from lfm.kernels.norm import norm_project, project_ref, rms_norm_ref
+from lfm.kernels.paged_decode import GROUP_ROWS, decode_rows
+from lfm.kernels.paged_prefill import prefill_rows
+from lfm.kernels.qk_rope import norm_rotate_write
+from lfm.kernels.triton_guard import runs_triton
 from lfm.kernels.weights import Linear, Norm, Rope
 
 # Queries per attention call of a prefill chunk: bounds the mask (heads/group x 512 x context booleans).
@@ -60,6 +66,33 @@ def qkv_ref(
     if k_NGBK.numel():
         write_kv_ref(k_TGK, v_TGK, batch, k_NGBK, v_NGBK)
     return q_THK, k_TGK, v_TGK
+
+
+def is_paged_fast(x: Tensor, num_heads: int, k_NGBK: Tensor) -> bool:
+    """Whether the kernels take activations `x`: a cache in its dtype, head sizes that matrix products can have."""
+    _, num_groups, _, head_dim = k_NGBK.shape
+    has_cache = k_NGBK.numel() > 0 and k_NGBK.dtype == x.dtype and k_NGBK.is_contiguous()
+    return runs_triton(x) and has_cache and head_dim in (32, 64, 128) and num_heads // num_groups <= GROUP_ROWS
+
+
+def qkv(
+    h_TD: Tensor,
+    norm: Norm,
+    qkv: Linear,
+    q_norm: Norm,
+    k_norm: Norm,
+    rope: Rope,
+    batch: ForwardBatch,
+    k_NGBK: Tensor,
+    v_NGBK: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `qkv_ref`, as a projection and one launch behind it; k and v are in the cache alone, what returns is empty."""
+    _, num_groups, _, head_dim = k_NGBK.shape
+    if not is_paged_fast(h_TD, qkv.weight.shape[0] // head_dim - 2 * num_groups, k_NGBK):
+        return qkv_ref(h_TD, norm, qkv, q_norm, k_norm, rope, batch, k_NGBK, v_NGBK)
+    q_THK = norm_rotate_write(norm_project(h_TD, norm, qkv), q_norm, k_norm, rope, batch, k_NGBK, v_NGBK)
+    no_tokens = q_THK.new_empty(0, num_groups, head_dim)
+    return q_THK, no_tokens, no_tokens
 
 
 def write_kv_ref(k_TGK: Tensor, v_TGK: Tensor, batch: ForwardBatch, k_NGBK: Tensor, v_NGBK: Tensor) -> None:
@@ -138,6 +171,21 @@ def attend_ref(
         v_GCK = v_NGBK[table].transpose(0, 1).flatten(1, 2)[:, :context]
         outputs.append(_attend_chunk(q_THK[begin:end], k_GCK, v_GCK, batch.starts[row]))
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+
+
+def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, batch: ForwardBatch, k_NGBK: Tensor, v_NGBK: Tensor) -> Tensor:
+    """As `attend_ref`, from the tensors of the batch alone. As many tokens as rows: every row has one."""
+    if not is_paged_fast(q_THK, q_THK.shape[1], k_NGBK):
+        return attend_ref(q_THK, k_TGK, v_TGK, batch, k_NGBK, v_NGBK)
+    o_THK = torch.empty_like(q_THK)
+    num_rows = batch.starts_S.shape[0]
+    if q_THK.shape[0] == num_rows:
+        decode_rows(q_THK, o_THK, batch, k_NGBK, v_NGBK, is_mixed=False)
+        return o_THK
+    if num_rows > 1:
+        decode_rows(q_THK, o_THK, batch, k_NGBK, v_NGBK, is_mixed=True)
+    prefill_rows(q_THK, o_THK, batch, k_NGBK, v_NGBK, skip_single=num_rows > 1)
+    return o_THK
 
 
 def attend_packed(

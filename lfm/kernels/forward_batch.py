@@ -8,6 +8,7 @@ L-1 columns of u after the last token written to it. Block 0 is the scratch bloc
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,17 @@ from torch import Tensor
 from lfm.config import ModelConfig
 
 SCRATCH_BLOCK = 0
+
+
+class SharedPrefix(NamedTuple):
+    """Which rows of a single token share leading blocks, and are to be attended together over those.
+
+    A tile names up to 16 rows, -1 where there are fewer (the first is a row, unless the tile is empty), and all of them
+    have the same count of shared blocks, all whole and before the row's position. Each row is in one tile at most.
+    """
+
+    blocks_S: Tensor  # int64, shared leading blocks of the row: 0 where it is in no tile
+    tiles_YX: Tensor  # int64 [tiles, 16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +52,7 @@ class ForwardBatch:
 
     num_positions: int  # an upper bound of every position + 1
     is_real_T: Tensor | None = None  # int64, 0 for padding tokens; None where there are none
+    shared: SharedPrefix | None = None
 
     @property
     def num_rows(self) -> int:

@@ -1,6 +1,6 @@
 """Triton where it is installed; elsewhere stand-ins that let kernel files be imported but not launched.
 
-A kernel file takes `triton`, `tl`, `libdevice` from here. Its public op asks `runs_triton` before it launches anything.
+A kernel file takes `triton`, `tl` and the rest from here. Its public op asks `runs_triton` before it launches anything.
 """
 
 from functools import cache
@@ -14,15 +14,18 @@ try:
     import triton
     import triton.language as tl
     from triton.language.extra import libdevice
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
 except ImportError:
-    triton: Any = SimpleNamespace(jit=lambda function: function)  # type: ignore[no-redef]
+    _jit = lambda function=None, **_: function or (lambda inner: inner)  # noqa: E731
+    triton: Any = SimpleNamespace(jit=_jit)  # type: ignore[no-redef]
     tl: Any = SimpleNamespace(constexpr=lambda value: value)  # type: ignore[no-redef]
     libdevice: Any = None  # type: ignore[no-redef]
+    TensorDescriptor: Any = None  # type: ignore[no-redef]
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "has_dependent_launch", "libdevice", "runs_triton", "tl", "triton"]
+__all__ = ["HAS_TRITON", "TensorDescriptor", "has_dependent_launch", "libdevice", "runs_triton", "tl", "triton"]
 
 
 def runs_triton(x: Tensor) -> bool:

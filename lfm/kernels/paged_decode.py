@@ -1,0 +1,161 @@
+"""Attention of single queries over the paged cache: split-KV, one kv head at a time for all q heads of its group.
+
+    o = softmax(q k^T / sqrt(K)) v  over the keys of the row's blocks, its own position last
+
+Program (part, kv head, row): the group's q heads, padded to 16, against one part of the keys, a tile at a time. A
+second launch merges the parts by their logarithmic sums, in order, so that a row's result depends on nothing but the
+row. How many parts there may be follows from shapes alone; a row uses as many as its length fills, and a program
+without keys ends at once. Bytes: 4 K G of K and V per key, once: 2 KB at the 24B's shapes.
+
+Where rows share leading blocks, `lfm.kernels.shared_prefix` makes the first parts, and the programs here begin behind.
+
+Legend: T tokens, S rows, H q heads, G kv heads, K head dim, N blocks of a row, B block size, P parts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lfm.kernels.forward_batch import ForwardBatch
+from lfm.kernels.paged_tiles import LOG2_E, load_kv, row_parts, softmax_step
+from lfm.kernels.shared_prefix import PREFIX_PARTS, PREFIX_TILE, attend_prefix
+from lfm.kernels.triton_guard import has_dependent_launch, tl, triton
+
+GROUP_ROWS = 16  # rows of the smallest matrix product; more q heads per kv head are the reference's
+MAX_PARTS = 16
+
+
+class Tiling(NamedTuple):
+    """How one launch divides its work: keys per step of a program, its warps and stages, parts per row."""
+
+    tile: int
+    warps: int
+    stages: int
+    parts: int
+
+
+def tiling_of(num_rows: int, num_groups: int) -> Tiling:
+    """Measured on an H200 with contexts of 128 to 30,000. Some 500 programs fill it; more parts only cost."""
+    programs = num_rows * num_groups
+    if programs <= 512:
+        return Tiling(64, 4, 4, max(1, min(MAX_PARTS, 512 // triton.next_power_of_2(programs))))
+    return Tiling(128, 4, 2, 1)
+
+
+@triton.jit(do_not_specialize=["table_stride", "parts"])
+def _decode_kernel(
+    q_THK, k_NGBK, v_NGBK, tables_SN, starts_S, row_starts_S1, shared_S, o_THK, part_SPHK, sum_SPH,
+    q_stride, table_stride, parts, scale,
+    G: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, K: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr,
+    FIRST_PART: tl.constexpr, IS_MIXED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """q [T, H, K] against K and V [blocks, G, B, K] -> o [T, H, K], or a part of it in fp32 and its log2 sum.
+
+    IS_MIXED: rows of other than one token are left out. FIRST_PART > 0: the first `shared_S` blocks are left out.
+    """
+    split, g, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    token, is_single = row, True
+    if IS_MIXED:
+        token = tl.load(row_starts_S1 + row)
+        is_single = tl.load(row_starts_S1 + row + 1) - token == 1
+    end = tl.load(starts_S + row).to(tl.int32) + 1
+    shared = 0
+    if FIRST_PART > 0:
+        shared = tl.load(shared_S + row).to(tl.int32) * B
+    size, in_use = row_parts(end - shared, parts, TILE)
+    begin = shared + split * size
+    table = tables_SN + row * table_stride
+    block = tl.load(table + tl.minimum(begin, end - 1) // B)
+    if PDL:  # before any return: a launch that no program of waits would let the next one overtake the last
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if not is_single or split >= in_use:
+        return
+    end = tl.minimum(begin + size, end)
+    rows, dims, keys = tl.arange(0, M), tl.arange(0, K), tl.arange(0, TILE)
+    head = g * GROUP + rows
+    is_head = (rows < GROUP)[:, None]
+    q = tl.load(q_THK + token * q_stride + head[:, None] * K + dims[None, :], mask=is_head, other=0.0)
+    largest = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, K], tl.float32)
+    for n in range(begin, end, TILE):
+        k, v = load_kv(k_NGBK, v_NGBK, table, block, n, end, g, G, K, B, TILE, False, True)
+        block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
+        acc, largest, total = softmax_step(q, k, v, (n + keys < end)[None, :], acc, largest, total, scale, True)
+    acc = acc / total[:, None]
+    if (in_use == 1) & (shared == 0):
+        to = o_THK + (token * (G * GROUP) + head[:, None]) * K + dims[None, :]
+        tl.store(to, acc.to(o_THK.dtype.element_ty), mask=is_head)
+    else:
+        part = (row * (FIRST_PART + parts) + FIRST_PART + split) * (G * GROUP) + head
+        tl.store(part_SPHK + part[:, None] * K + dims[None, :], acc, mask=is_head)
+        tl.store(sum_SPH + part, largest + tl.log2(total), mask=rows < GROUP)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _merge_kernel(
+    part_SPHK, sum_SPH, starts_S, row_starts_S1, shared_S, o_THK, parts,
+    H: tl.constexpr, K: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, SHARED_TILE: tl.constexpr,
+    FIRST_PART: tl.constexpr, P: tl.constexpr, IS_MIXED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """o of (head, row) from its parts: sum_p 2^sum_p part_p / sum_p 2^sum_p. A row of a single part is in o already."""
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = row
+    if IS_MIXED:
+        token = tl.load(row_starts_S1 + row)
+        if tl.load(row_starts_S1 + row + 1) - token != 1:
+            return
+    num_keys = tl.load(starts_S + row).to(tl.int32) + 1
+    shared_in_use = 0
+    if FIRST_PART > 0:
+        shared = tl.load(shared_S + row).to(tl.int32) * B
+        _, shared_in_use = row_parts(shared, FIRST_PART, SHARED_TILE)
+        num_keys -= shared
+    _, in_use = row_parts(num_keys, parts, TILE)
+    if in_use + shared_in_use == 1:
+        return
+    part, dims = tl.arange(0, P), tl.arange(0, K)
+    is_used = (part < shared_in_use) | ((part >= FIRST_PART) & (part < FIRST_PART + in_use))
+    at = (row * (FIRST_PART + parts) + part) * H + head
+    weights = tl.load(sum_SPH + at, mask=is_used, other=float("-inf"))
+    weights = tl.exp2(weights - tl.max(weights, 0))
+    values = tl.load(part_SPHK + at[:, None] * K + dims[None, :], mask=is_used[:, None], other=0.0)
+    o = tl.sum(values * weights[:, None], 0) / tl.sum(weights, 0)
+    tl.store(o_THK + (token * H + head) * K + dims, o.to(o_THK.dtype.element_ty))
+
+
+def decode_rows(
+    q_THK: Tensor, o_THK: Tensor, batch: ForwardBatch, k_NGBK: Tensor, v_NGBK: Tensor, *, is_mixed: bool
+) -> None:
+    """Write attention of the rows of one token to `o_THK`: of all rows, unless `is_mixed`."""
+    num_heads, head_dim = q_THK.shape[1:]
+    num_groups, block_size = k_NGBK.shape[1:3]
+    num_rows, tables_SN = len(batch.starts_S), batch.block_tables_SN
+    tiling = tiling_of(num_rows, num_groups)
+    first = 0 if batch.shared is None else PREFIX_PARTS
+    shared_S = batch.starts_S if batch.shared is None else batch.shared.blocks_S
+    num_parts = first + tiling.parts
+    part_SPHK = q_THK.new_empty((num_rows, num_parts, num_heads, head_dim) if num_parts > 1 else 1, dtype=torch.float32)
+    sum_SPH = q_THK.new_empty((num_rows, num_parts, num_heads) if num_parts > 1 else 1, dtype=torch.float32)
+    if batch.shared is not None:
+        attend_prefix(q_THK, batch, k_NGBK, v_NGBK, part_SPHK, sum_SPH, is_mixed=is_mixed)
+    is_dependent = has_dependent_launch(q_THK.device)
+    _decode_kernel[(tiling.parts, num_groups, num_rows)](
+        q_THK, k_NGBK, v_NGBK, tables_SN, batch.starts_S, batch.row_starts_S1, shared_S, o_THK, part_SPHK, sum_SPH,
+        q_THK.stride(0), tables_SN.stride(0), tiling.parts, head_dim**-0.5 * LOG2_E,
+        G=num_groups, GROUP=num_heads // num_groups, M=GROUP_ROWS, K=head_dim, B=block_size, TILE=tiling.tile,
+        FIRST_PART=first, IS_MIXED=is_mixed, PDL=is_dependent,
+        num_warps=tiling.warps, num_stages=tiling.stages, launch_pdl=is_dependent,
+    )  # fmt: skip
+    if num_parts > 1:
+        _merge_kernel[(num_heads, num_rows)](
+            part_SPHK, sum_SPH, batch.starts_S, batch.row_starts_S1, shared_S, o_THK, tiling.parts,
+            H=num_heads, K=head_dim, B=block_size, TILE=tiling.tile, SHARED_TILE=PREFIX_TILE, FIRST_PART=first,
+            P=triton.next_power_of_2(first + MAX_PARTS), IS_MIXED=is_mixed, PDL=is_dependent,
+            num_warps=1, launch_pdl=is_dependent,
+        )  # fmt: skip

@@ -1,0 +1,128 @@
+"""Causal attention of chunks over the paged cache, chunks of all lengths in one launch, each over its whole context.
+
+    o[t] = softmax(q[t] k^T / sqrt(K)) v  over the row's keys at positions up to that of t
+
+A program owns TOKENS neighbours of one row with all q heads of one kv head, so that K and V are loaded once for the
+group, and walks over the keys with an online softmax in base 2; only the last few keys need the mask. Which row a
+program serves it finds on the device: row r owns the tiles from row_starts[r] // TOKENS + r on, of which the last may
+be empty. Long tiles begin first. On compute capability 9.0 K and V come by the copy engine, one block or part of one at
+a time. 4 H K operations per query and key.
+
+Rows of a single token are left to `lfm.kernels.paged_decode`, which divides their keys among programs.
+
+Legend: T tokens, S rows, H q heads, G kv heads, K head dim, N blocks of a row, B block size.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lfm.kernels.forward_batch import ForwardBatch
+from lfm.kernels.paged_tiles import LOG2_E, load_kv, softmax_step
+from lfm.kernels.triton_guard import TensorDescriptor, has_dependent_launch, tl, triton
+
+ROWS_AT_ONCE = 128  # row starts that a program compares with its own at a time
+
+
+class Tiling(NamedTuple):
+    """Rows of the matrix products (tokens x q heads of a group), keys at a time, warps and stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tiling_of(num_tokens: int, head_dim: int, *, copies: bool) -> Tiling:
+    """Measured on an H200 at head_dim 64. With few tokens all programs run at once, and larger ones reuse more."""
+    if head_dim > 64:
+        return Tiling(64, 64, 4, 2)
+    if copies and num_tokens > 4096:
+        return Tiling(64, 128, 4, 2)
+    return Tiling(128, 64, 4, 3 if copies else 2)
+
+
+@triton.jit
+def _row_of_tile(row_starts_S1, num_rows, tile, TOKENS: tl.constexpr, CHUNK: tl.constexpr):
+    """The last row whose first tile is not after `tile`."""
+    found = tl.zeros([CHUNK], tl.int32)
+    for begin in range(0, num_rows, CHUNK):
+        rows = begin + tl.arange(0, CHUNK)
+        starts = tl.load(row_starts_S1 + rows, mask=rows < num_rows, other=0).to(tl.int32)
+        found += ((rows < num_rows) & (starts // TOKENS + rows <= tile)).to(tl.int32)
+    return tl.sum(found, 0) - 1
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_rows"])
+def _prefill_kernel(
+    q_THK, k_NGBK, v_NGBK, tables_SN, starts_S, row_starts_S1, o_THK, q_stride, table_stride, num_rows, scale,
+    G: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr, B: tl.constexpr,
+    TOKENS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, COPIES: tl.constexpr, SKIP_SINGLE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """q [T, H, K] against K and V [blocks, G, B, K] (COPIES: descriptors of [blocks G B, K]) -> o [T, H, K].
+
+    Program (tile, kv head); matrix row i is token i // PADDED with q head i % PADDED of the group.
+    """
+    tile, g = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    row = _row_of_tile(row_starts_S1, num_rows, tile, TOKENS, CHUNK)
+    first = tl.load(row_starts_S1 + row).to(tl.int32)
+    size = tl.load(row_starts_S1 + row + 1).to(tl.int32) - first
+    done = (tile - row - first // TOKENS) * TOKENS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if done >= size or (SKIP_SINGLE and size == 1):
+        return
+    begin = tl.load(starts_S + row).to(tl.int32) + done
+    end = begin + tl.minimum(TOKENS, size - done)
+    rows, dims, keys = tl.arange(0, TOKENS * PADDED), tl.arange(0, K), tl.arange(0, TILE)
+    positions = begin + rows // PADDED
+    is_real = (positions < end) & (rows % PADDED < GROUP)
+    token = (first + done + rows // PADDED).to(tl.int64)
+    head = g * GROUP + rows % PADDED
+    from_q = q_THK + token[:, None] * q_stride + head[:, None] * K + dims[None, :]
+    q = tl.load(from_q, mask=is_real[:, None], other=0.0)
+    table = tables_SN + row.to(tl.int64) * table_stride
+    block = tl.load(table)
+    largest = tl.full([TOKENS * PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([TOKENS * PADDED], tl.float32)
+    acc = tl.zeros([TOKENS * PADDED, K], tl.float32)
+    unmasked = (begin + 1) // TILE * TILE
+    for n in range(0, unmasked, TILE):
+        k, v = load_kv(k_NGBK, v_NGBK, table, block, n, end, g, G, K, B, TILE, COPIES, False)
+        block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
+        acc, largest, total = softmax_step(q, k, v, None, acc, largest, total, scale, False)
+    for n in range(unmasked, end, TILE):
+        k, v = load_kv(k_NGBK, v_NGBK, table, block, n, end, g, G, K, B, TILE, COPIES, True)
+        block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
+        is_key = n + keys[None, :] <= positions[:, None]
+        acc, largest, total = softmax_step(q, k, v, is_key, acc, largest, total, scale, True)
+    acc = acc / total[:, None]
+    to = o_THK + (token * (G * GROUP) + head)[:, None] * K + dims[None, :]
+    tl.store(to, acc.to(o_THK.dtype.element_ty), mask=is_real[:, None])
+
+
+def prefill_rows(
+    q_THK: Tensor, o_THK: Tensor, batch: ForwardBatch, k_NGBK: Tensor, v_NGBK: Tensor, *, skip_single: bool
+) -> None:
+    """Write attention of the rows' chunks to `o_THK`; with `skip_single`, of all but those of one token."""
+    num_tokens, num_heads, head_dim = q_THK.shape
+    _, num_groups, block_size, _ = k_NGBK.shape
+    num_rows, group = len(batch.starts_S), num_heads // num_groups
+    padded = triton.next_power_of_2(group)
+    is_hopper = has_dependent_launch(q_THK.device)
+    tiling = tiling_of(num_tokens, head_dim, copies=is_hopper)
+    copies = is_hopper and block_size % tiling.keys == 0
+    k, v = k_NGBK, v_NGBK
+    if copies:
+        box = [tiling.keys, head_dim]
+        k, v = (TensorDescriptor.from_tensor(x.view(-1, head_dim), box) for x in (k_NGBK, v_NGBK))
+    tokens = max(1, tiling.rows // padded)
+    _prefill_kernel[(triton.cdiv(num_tokens, tokens) + num_rows, num_groups)](
+        q_THK, k, v, batch.block_tables_SN, batch.starts_S, batch.row_starts_S1, o_THK,
+        q_THK.stride(0), batch.block_tables_SN.stride(0), num_rows, head_dim**-0.5 * LOG2_E,
+        G=num_groups, GROUP=group, PADDED=padded, K=head_dim, B=block_size, TOKENS=tokens, TILE=tiling.keys,
+        CHUNK=ROWS_AT_ONCE, COPIES=copies, SKIP_SINGLE=skip_single, PDL=is_hopper,
+        num_warps=tiling.warps, num_stages=tiling.stages, launch_pdl=is_hopper,
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""Attention of many rows over leading blocks that they share: those K and V are read once for 16 rows, not 16 times.
+
+A tile is up to 16 rows, each with a single query, whose block tables begin with the same blocks. Program (part, kv
+head, tile) takes all their q heads of one kv head through one part of the shared keys, without a mask, since every
+query comes after them. It leaves parts for `lfm.kernels.paged_decode` to merge with what comes behind the prefix.
+Bytes: 4 K G per shared key and tile, of which only the first tile's come from memory and not from L2.
+
+Legend: T tokens, S rows, H q heads, G kv heads, K head dim, B block size, P parts, X rows of a tile, Y tiles.
+"""
+
+from torch import Tensor
+
+from lfm.kernels.forward_batch import ForwardBatch
+from lfm.kernels.paged_tiles import LOG2_E, load_kv, row_parts, softmax_step
+from lfm.kernels.triton_guard import TensorDescriptor, has_dependent_launch, tl, triton
+
+PREFIX_PARTS = 4
+PREFIX_TILE = 64
+
+
+@triton.jit(do_not_specialize=["table_stride", "all_parts"])
+def _prefix_kernel(
+    q_THK, k_NGBK, v_NGBK, tables_SN, row_starts_S1, shared_S, tiles_YX, part_SPHK, sum_SPH,
+    q_stride, table_stride, all_parts, scale,
+    G: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr, B: tl.constexpr, X: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr, COPIES: tl.constexpr, IS_MIXED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """q [T, H, K] of the rows of tiles [Y, X] (-1: no row) -> their first PARTS parts, in fp32, with log2 sums."""
+    split, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first_row = tl.load(tiles_YX + tile * X)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if first_row < 0:
+        return
+    shared = tl.load(shared_S + first_row).to(tl.int32) * B
+    size, in_use = row_parts(shared, PARTS, TILE)
+    if split >= in_use:
+        return
+    begin, end = split * size, tl.minimum(split * size + size, shared)
+    i, dims, keys = tl.arange(0, X * PADDED), tl.arange(0, K), tl.arange(0, TILE)
+    row = tl.load(tiles_YX + tile * X + i // PADDED)
+    is_real = (row >= 0) & (i % PADDED < GROUP)
+    token = row
+    if IS_MIXED:
+        token = tl.load(row_starts_S1 + row, mask=row >= 0, other=0)
+    head = g * GROUP + i % PADDED
+    from_q = q_THK + (token * q_stride + head * K)[:, None] + dims[None, :]
+    q = tl.load(from_q, mask=is_real[:, None], other=0.0)
+    table = tables_SN + first_row * table_stride
+    block = tl.load(table + begin // B)
+    largest = tl.full([X * PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([X * PADDED], tl.float32)
+    acc = tl.zeros([X * PADDED, K], tl.float32)
+    for n in range(begin, end, TILE):
+        # Blocks that hold a whole number of tiles end with one.
+        k, v = load_kv(k_NGBK, v_NGBK, table, block, n, end, g, G, K, B, TILE, COPIES, B % TILE != 0)
+        block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
+        is_key = (n + keys < end)[None, :]
+        acc, largest, total = softmax_step(q, k, v, is_key, acc, largest, total, scale, B % TILE != 0)
+    part = (row * all_parts + split) * (G * GROUP) + head
+    tl.store(part_SPHK + part[:, None] * K + dims[None, :], acc / total[:, None], mask=is_real[:, None])
+    tl.store(sum_SPH + part, largest + tl.log2(total), mask=is_real)
+
+
+def attend_prefix(
+    q_THK: Tensor,
+    batch: ForwardBatch,
+    k_NGBK: Tensor,
+    v_NGBK: Tensor,
+    part_SPHK: Tensor,
+    sum_SPH: Tensor,
+    *,
+    is_mixed: bool,
+) -> None:
+    """Write the first PREFIX_PARTS parts of the rows in `batch.shared`, as far as their prefix fills them."""
+    assert batch.shared is not None
+    num_heads, head_dim = q_THK.shape[1:]
+    num_groups, block_size = k_NGBK.shape[1:3]
+    num_tiles, rows = batch.shared.tiles_YX.shape
+    group = num_heads // num_groups
+    is_hopper = has_dependent_launch(q_THK.device)
+    copies = is_hopper and block_size % PREFIX_TILE == 0
+    k, v = k_NGBK, v_NGBK
+    if copies:
+        box = [PREFIX_TILE, head_dim]
+        k, v = (TensorDescriptor.from_tensor(x.view(-1, head_dim), box) for x in (k_NGBK, v_NGBK))
+    _prefix_kernel[(PREFIX_PARTS, num_groups, num_tiles)](
+        q_THK, k, v, batch.block_tables_SN, batch.row_starts_S1, batch.shared.blocks_S, batch.shared.tiles_YX,
+        part_SPHK, sum_SPH, q_THK.stride(0), batch.block_tables_SN.stride(0), part_SPHK.shape[1],
+        head_dim**-0.5 * LOG2_E,
+        G=num_groups, GROUP=group, PADDED=triton.next_power_of_2(group), K=head_dim, B=block_size, X=rows,
+        TILE=PREFIX_TILE, PARTS=PREFIX_PARTS, COPIES=copies, IS_MIXED=is_mixed, PDL=is_hopper,
+        num_warps=4, num_stages=3, launch_pdl=is_hopper,
+    )  # fmt: skip

@@ -8,6 +8,9 @@
     min_tokens             stop ids masked while the output is shorter, unless nothing else is left
     temperature, top_k, top_p, min_p, draw     see lfm.kernels.draw_token
 
+Most batches on a GPU need little of this and get it from one or two launches, the same ids bit for bit: see
+`lfm.kernels.sample_rows`.
+
 What a row gets depends on its own logits, parameters, seed and position, never on its neighbours, its row or the
 batch's size. Every shape depends on the number of rows and the flags alone. Computes in float32, or float64 for
 float64 logits.
@@ -23,6 +26,7 @@ from torch import Tensor
 from lfm.engine.sampling_rows import MAX_COUNT, RowParams, SampleFlags, SamplingRows
 from lfm.kernels.draw_token import DrawParams, Draws, draw_tokens
 from lfm.kernels.penalties import count_penalties, repetition_penalty, unpack_bits
+from lfm.kernels.sample_rows import MAX_TOP_K, sample_rows, samples_fused
 from lfm.kernels.top_k import top_k
 
 # Logits per pass. On a CPU the temporaries of a pass stay in the L2 cache; on a GPU they stay within 64 MB each.
@@ -70,6 +74,36 @@ def sample(
     A row that is not ok, or whose logits hold NaN, +inf or nothing but -inf, gets -1. Its last id on the device becomes
     0, which any embedding takes, and it is marked nowhere else.
     """
+    if _is_fused(logits_RV, flags):
+        ids_R = sample_rows(
+            logits_RV,
+            rows.tables,
+            row_R=row_R,
+            position_R=position_R,
+            ok_R=ok_R,
+            repetition=flags.repetition,
+            narrow_k=flags.narrow_k,
+        )
+    else:
+        ids_R = _sample_plain(rows, logits_RV, row_R, position_R, flags, ok_R)
+    if flags.num_logprobs < 0:
+        return SampleOutput(ids_R, None)
+    return SampleOutput(ids_R, token_logprobs(logits_RV, ids_R, num_top=flags.num_logprobs, num_ids=rows.num_ids))
+
+
+def _is_fused(logits_RV: Tensor, flags: SampleFlags) -> bool:
+    is_rare = flags.counts or flags.bias or flags.min_tokens or flags.wide
+    return not is_rare and flags.narrow_k <= MAX_TOP_K and samples_fused(logits_RV)
+
+
+def _sample_plain(
+    rows: SamplingRows,
+    logits_RV: Tensor,
+    row_R: Tensor,
+    position_R: Tensor,
+    flags: SampleFlags,
+    ok_R: Tensor | None,
+) -> Tensor:
     ids = []
     pass_rows = _pass_rows(logits_RV)
     for first in range(0, max(1, len(logits_RV)), pass_rows):
@@ -79,9 +113,7 @@ def sample(
         ids.append(draws.ids_R.masked_fill(failed, -1))
     ids_R = torch.cat(ids)
     _mark(rows, ids_R, row_R, position_R, flags)
-    if flags.num_logprobs < 0:
-        return SampleOutput(ids_R, None)
-    return SampleOutput(ids_R, token_logprobs(logits_RV, ids_R, num_top=flags.num_logprobs, num_ids=rows.num_ids))
+    return ids_R
 
 
 def _sample_pass(rows: SamplingRows, logits_RV: Tensor, row_R: Tensor, position_R: Tensor, flags: SampleFlags) -> Draws:

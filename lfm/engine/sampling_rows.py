@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from lfm.kernels.draw_token import MAX_NARROW_K
 from lfm.kernels.penalties import bits_of_bytes, pack_bits
+from lfm.kernels.sample_rows import SampledRows
 from lfm.protocol import SamplingParams
 
 # Below this a temperature is 0 (vLLM's rule): dividing logits by it would leave nothing but the largest anyway.
@@ -143,6 +144,11 @@ class SamplingRows:
         self._floats = neutral.to(device).repeat(size, 1)
         self._ints = torch.tensor([0, 0, 0, num_ids], dtype=torch.int64).to(device).repeat(size, 1)
         self._flags = [SampleFlags()] * size
+
+    @property
+    def tables(self) -> SampledRows:
+        """What the fused sampler reads and marks; none of it ever moves."""
+        return SampledRows(self._floats, self._ints, self.seen_RB, self.last_ids_R, self.positions_R)
 
     def flags(self, rows: Iterable[int]) -> SampleFlags:
         """What a batch of these rows needs of the sampler."""

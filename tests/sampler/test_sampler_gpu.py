@@ -7,11 +7,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from lfm.engine import sampler
 from lfm.engine.sampler import sample, token_logprobs
 from lfm.engine.sampling_rows import RowStart, SamplingRows
 from lfm.kernels.random_bits import random_bits, uniform
 from lfm.kernels.top_k import top_k, top_k_ref
-from tests.sampler.batch import ids_of
+from lfm.protocol import SamplingParams
+from tests.sampler.batch import ids_of, params
 from tests.sampler.test_sampler import WAYS, naive_of, random_case
 
 pytestmark = pytest.mark.gpu
@@ -112,3 +114,45 @@ def test_a_captured_sample_repeats_with_new_logits_and_new_rows(way: int) -> Non
         expected = sample(rows, static, row_R=row_R, position_R=position_R, flags=flags).ids_R
         assert found.equal(expected)
         assert seen[:8].equal(rows.seen_RB[:8])
+
+
+FUSED_WAYS = [
+    params(temperature=0.1, top_k=50, repetition_penalty=1.05),
+    params(temperature=1.0, top_k=64, top_p=0.8, repetition_penalty=1.3),
+    params(temperature=0.7, top_k=20, min_p=0.05),
+    params(temperature=0.0),
+    params(temperature=0.0, repetition_penalty=1.1),
+]
+
+
+@pytest.mark.parametrize(
+    "ways", [FUSED_WAYS[:1], FUSED_WAYS[1:3], FUSED_WAYS[3:4], FUSED_WAYS[3:], FUSED_WAYS], ids=str
+)
+@pytest.mark.parametrize(("num_rows", "vocab"), [(1, 65_536), (257, 65_536), (33, 128_000), (5, 4992)])
+def test_the_fused_sampler_is_the_plain_one_bit_for_bit(
+    ways: list[SamplingParams], num_rows: int, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 logits hold many equal values; some rows fail, some ids are masked, one row is not ok."""
+    random = torch.Generator().manual_seed(num_rows)
+    ids = torch.randint(0, vocab, (num_rows, 300), generator=random).tolist()
+    starts = [
+        RowStart(row=row, params=ways[row % len(ways)], seed=row * 7919, ids=ids[row], num_prompt=9)
+        for row in range(num_rows)
+    ]
+    logits = (torch.randn(num_rows, vocab, generator=random) * 3).bfloat16().to(CUDA)
+    logits[-1, 5], logits[num_rows // 2, vocab - 1] = torch.nan, torch.inf
+    ok_R = torch.arange(num_rows, device=CUDA) != 2
+    row_R = torch.randperm(num_rows, generator=random).to(CUDA)
+    found = []
+    for is_fused in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(sampler, "samples_fused", lambda _, answer=is_fused: answer)
+            rows = SamplingRows(num_rows, vocab, num_ids=vocab - 100, device=CUDA)
+            rows.start_many(starts)
+            for step in range(3):
+                position_R = torch.full_like(row_R, 300 + step)
+                flags = rows.flags(range(num_rows))
+                ids_R = sample(rows, logits, row_R=row_R, position_R=position_R, flags=flags, ok_R=ok_R).ids_R
+                found.append((ids_R, rows.seen_RB[:-1].clone(), rows.last_ids_R[:-1].clone(), rows.positions_R[:-1]))
+    for got, expected in zip(found[:3], found[3:], strict=True):
+        assert all(map(torch.equal, got, expected))

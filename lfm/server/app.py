@@ -28,6 +28,7 @@ from lfm.server.health import Liveness, Readiness
 from lfm.server.messages import Messages, TokenCount
 from lfm.server.metrics import Metrics, MetricsPage
 from lfm.server.models import ModelDetail, ModelList, ProjectModels, SupportedModels
+from lfm.server.responses import InputItemList, Responses, StoredResponses
 from lfm.server.state import AppState, record_of
 from lfm.service.data_folder import data_folder
 from lfm.service.responses_store import ResponsesStore
@@ -86,6 +87,9 @@ def _routes(state: AppState) -> list[Route]:
         routes += [
             _route("POST", f"{prefix}/chat/completions", GenerationEndpoint(Chat(), state)),
             _route("POST", f"{prefix}/completions", GenerationEndpoint(Completions(), state)),
+            _route("POST", f"{prefix}/responses", GenerationEndpoint(Responses(), state)),
+            _route("GET DELETE", f"{prefix}/responses/{{response_id}}", StoredResponses(state)),
+            _route("GET", f"{prefix}/responses/{{response_id}}/input_items", InputItemList(state)),
             _route("POST", f"{prefix}/messages", GenerationEndpoint(Messages(), state)),
             _route("POST", f"{prefix}/messages/count_tokens", TokenCount(state)),
             _route("GET", f"{prefix}/models", ModelList(state)),
@@ -99,8 +103,8 @@ def _routes(state: AppState) -> list[Route]:
     return routes
 
 
-def _route(method: str, path: str, endpoint: ASGIApp) -> Route:
-    return Route(path, _Named(path, endpoint), methods=[method])
+def _route(methods: str, path: str, endpoint: ASGIApp) -> Route:
+    return Route(path, _Named(path, endpoint), methods=methods.split())
 
 
 class _Named:

@@ -9,7 +9,7 @@ Json = dict[str, object]
 
 def chat_logprobs(scores: Sequence[TokenScore]) -> Json:
     """Both SDKs read their own keys and ignore the other's."""
-    return {"content": [_content_entry(score) for score in scores], "refusal": None, **token_arrays(scores)}
+    return {"content": logprob_entries(scores), "refusal": None, **token_arrays(scores)}
 
 
 def completion_logprobs(scores: Sequence[TokenScore], *, text_offset: int, hides_first: bool) -> Json:
@@ -43,10 +43,14 @@ def _alternatives(score: TokenScore) -> dict[str, float | None] | None:
     return alternatives
 
 
-def _content_entry(score: TokenScore) -> Json:
-    return {
-        "token": score.text,
-        "logprob": score.logprob,
-        "bytes": score.bytes,
-        "top_logprobs": [{"token": top.text, "logprob": top.logprob, "bytes": top.bytes} for top in score.top],
-    }
+def logprob_entries(scores: Sequence[TokenScore]) -> list[Json]:
+    """One object per token, as OpenAI's chat and responses have it."""
+    return [
+        {
+            "token": score.text,
+            "logprob": score.logprob,
+            "bytes": score.bytes,
+            "top_logprobs": [{"token": top.text, "logprob": top.logprob, "bytes": top.bytes} for top in score.top],
+        }
+        for score in scores
+    ]

@@ -131,6 +131,28 @@ CHAT_RULES = FieldRules(
     },
 )
 
+RESPONSES_RULES = FieldRules(
+    refused={
+        "tools": none_of([]),
+        "tool_choice": none_of("none", "auto"),
+        "text.format": is_text_format,
+        "background": none_of(False),
+        "conversation": none_of(),
+        "prompt": none_of(),
+        "moderation": none_of(),
+    },
+    without_effect={
+        "reasoning.effort": (none_of("none"), NO_REASONING),
+        "reasoning.summary": (none_of(), NO_REASONING),
+        "text.verbosity": (none_of("medium"), NO_LEVEL),
+        "truncation": (none_of("disabled"), "an input that does not fit is refused, never cut"),
+        "context_management": (none_of([]), "nothing is ever cut from a conversation"),
+        "service_tier": (none_of("auto", "default"), ONE_TIER),
+        "prompt_cache_retention": (none_of("in_memory"), CACHE_IS_AUTOMATIC),
+        "prompt_cache_options": (none_of({}, {"mode": "implicit"}), CACHE_IS_AUTOMATIC),
+    },
+)
+
 MESSAGES_RULES = FieldRules(
     refused={
         "tools": none_of([]),

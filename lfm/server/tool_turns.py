@@ -13,13 +13,17 @@ class ToolTurns:
     """Follows the calls and results of a conversation while it is read."""
 
     def __init__(self) -> None:
+        self._num_calls = 0
         self._position_of: dict[str, int] = {}  # of every call so far, by id
         self._answered: set[str] = set()
 
     def add_call(self, call_id: str, where: str) -> None:
-        if call_id in self._position_of:
+        """Raises RequestError for the id of a call that still waits for its result; some clients count from 0 again."""
+        if call_id in self._position_of and call_id not in self._answered:
             raise RequestError(f"{where}={call_id[:80]!r} is the id of two calls. Give each its own.", param=where)
-        self._position_of[call_id] = len(self._position_of)
+        self._answered.discard(call_id)
+        self._position_of[call_id] = self._num_calls
+        self._num_calls += 1
 
     def add_result(self, call_id: str, where: str) -> None:
         """Raises RequestError for a result without its call, and for a second result of one call."""

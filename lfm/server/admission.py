@@ -1,7 +1,8 @@
 """From a validated request to engine requests: the model's name, the prompt as ids, the token limit."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from lfm.chat.defaults import resolve_sampling
 from lfm.chat.messages import Message
 from lfm.chat.prompt import build_prompt
 from lfm.chat.tokenizer import Tokenizer
+from lfm.engine.validate import validate
 from lfm.errors import NotFoundError, RequestError
 from lfm.protocol import EngineInfo, EngineRequest
 from lfm.server.generation import Generation
@@ -113,9 +115,32 @@ def _max_tokens(request: SamplingRequest, num_prompt_tokens: int, info: EngineIn
 
 
 async def open_generation(generation: Generation, request: SamplingRequest, *, prompt_field: str) -> None:
-    """Submit, and let a refusal name the fields by which this client knows them."""
-    try:
+    """Submit. Raises what the engine refuses."""
+    with naming_fields_of(request, prompt_field=prompt_field):
         await generation.open()
+
+
+def check_requests(
+    engine_requests: Sequence[EngineRequest], request: SamplingRequest, *, prompt_field: str, state: AppState
+) -> None:
+    """The engine's own check of every sequence, without an engine. Raises what it would refuse."""
+    info = state.backend.info
+    with naming_fields_of(request, prompt_field=prompt_field):
+        for engine_request in engine_requests:
+            validate(
+                engine_request,
+                vocab_size=info.vocab_size,
+                num_ids=state.tokenizer.num_ids,
+                max_model_len=info.max_model_len,
+                num_cache_tokens=info.num_blocks * info.block_size,
+            )
+
+
+@contextmanager
+def naming_fields_of(request: SamplingRequest, *, prompt_field: str) -> Iterator[None]:
+    """Let a refusal of the engine name the fields by which this client knows them."""
+    try:
+        yield
     except RequestError as error:
         names = {"max_tokens": request.max_tokens_field, "prompt": prompt_field, "messages": prompt_field}
         if error.param in names:

@@ -21,15 +21,17 @@ from lfm.engine.client import EngineBackend
 from lfm.server.chat import Chat
 from lfm.server.completions import Completions
 from lfm.server.context import RequestContext
-from lfm.server.endpoint import GenerationEndpoint
+from lfm.server.endpoint import Family, GenerationEndpoint, R
 from lfm.server.errors import from_http_exception
 from lfm.server.guard import Guard
 from lfm.server.health import Liveness, Readiness
 from lfm.server.messages import Messages, TokenCount
 from lfm.server.metrics import Metrics, MetricsPage
 from lfm.server.models import ModelDetail, ModelList, ProjectModels, SupportedModels
+from lfm.server.render import Render
 from lfm.server.responses import InputItemList, Responses, StoredResponses
 from lfm.server.state import AppState, record_of
+from lfm.server.tokenize import Detokenize, Tokenize
 from lfm.service.data_folder import data_folder
 from lfm.service.responses_store import ResponsesStore
 
@@ -85,13 +87,15 @@ def _routes(state: AppState) -> list[Route]:
     ]
     for prefix in V1_PREFIXES:
         routes += [
-            _route("POST", f"{prefix}/chat/completions", GenerationEndpoint(Chat(), state)),
-            _route("POST", f"{prefix}/completions", GenerationEndpoint(Completions(), state)),
-            _route("POST", f"{prefix}/responses", GenerationEndpoint(Responses(), state)),
+            *_generation_routes(f"{prefix}/chat/completions", Chat(), state),
+            *_generation_routes(f"{prefix}/completions", Completions(), state),
+            *_generation_routes(f"{prefix}/responses", Responses(), state),
+            *_generation_routes(f"{prefix}/messages", Messages(), state),
             _route("GET DELETE", f"{prefix}/responses/{{response_id}}", StoredResponses(state)),
             _route("GET", f"{prefix}/responses/{{response_id}}/input_items", InputItemList(state)),
-            _route("POST", f"{prefix}/messages", GenerationEndpoint(Messages(), state)),
             _route("POST", f"{prefix}/messages/count_tokens", TokenCount(state)),
+            _route("POST", f"{prefix}/tokenize", Tokenize(state)),
+            _route("POST", f"{prefix}/detokenize", Detokenize(state)),
             _route("GET", f"{prefix}/models", ModelList(state)),
             _route("GET", f"{prefix}/models/{{model:path}}", ModelDetail(state)),
         ]
@@ -101,6 +105,13 @@ def _routes(state: AppState) -> list[Route]:
             _route("GET", f"{prefix}/projects/{{project}}/models", ProjectModels()),
         ]
     return routes
+
+
+def _generation_routes(path: str, family: Family[R], state: AppState) -> list[Route]:
+    return [
+        _route("POST", path, GenerationEndpoint(family, state)),
+        _route("POST", f"{path}/render", Render(family, state)),
+    ]
 
 
 def _route(methods: str, path: str, endpoint: ASGIApp) -> Route:

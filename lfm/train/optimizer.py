@@ -1,0 +1,162 @@
+"""Optimizers, learning-rate schedule, clipping: what turns summed gradients into the next weights.
+
+AdamW alone, or Muon (Jordan et al., 2024) for the hidden matrices with AdamW for the rest. Muon's update is scaled by
+0.2 * sqrt(larger side), which gives it AdamW's typical size (Liu et al., Moonlight, 2025), so that one learning rate
+and one weight decay serve both.
+Legend: N matrices of one shape, R rows, C columns.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lfm.train.recipe import OptimizerSettings, ScheduleSettings
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic iteration: steep at zero, so few iterations are enough
+_NEWTON_SCHULZ_STEPS = 5
+_MUON_RMS = 0.2
+
+
+def learning_rate_at(step: int, peak: float, schedule: ScheduleSettings) -> float:
+    """The rate of step 0, 1, ...: linear warm-up to `peak`, then a cosine down to final_ratio * peak."""
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    progress = (step - schedule.warmup_steps) / max(1, schedule.steps - schedule.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * cosine)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], *, max_norm: float) -> float:
+    """Scale all gradients so that their joint norm is at most `max_norm`; return the norm before. Synchronises."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).item()
+    if math.isfinite(norm) and norm > max_norm:
+        torch._foreach_mul_(gradients, max_norm / norm)
+    return norm
+
+
+def orthogonalise(update_NRC: Tensor) -> Tensor:
+    """Bring all singular values of each matrix near 1 (0.7 to 1.2) by the Newton-Schulz iteration; bf16 on a GPU."""
+    is_tall = update_NRC.shape[-2] > update_NRC.shape[-1]
+    x = update_NRC.bfloat16() if update_NRC.is_cuda else update_NRC
+    x = x.mT if is_tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    a, b, c = _NEWTON_SCHULZ
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if is_tall else x).to(update_NRC.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised per matrix. Each parameter comes with the number of matrices that it stacks."""
+
+    def __init__(self, params: list[tuple[Tensor, int]], *, lr: float, weight_decay: float, momentum: float) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__([parameter for parameter, _ in params], defaults)
+        self._groups: dict[torch.Size, list[tuple[Tensor, torch.Size]]] = {}
+        for parameter, num_matrices in params:
+            shape = torch.Size(
+                (num_matrices, parameter.numel() // parameter.shape[-1] // num_matrices, parameter.shape[-1])
+            )
+            self._groups.setdefault(shape[1:], []).append((parameter, shape))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no second evaluation exists here
+        """One update. Matrices of one shape are orthogonalised together, whatever layer they belong to."""
+        settings = self.param_groups[0]
+        for members in self._groups.values():
+            updates = torch.cat(
+                [self._momentum(parameter, settings["momentum"]).view(shape) for parameter, shape in members]
+            )
+            scale = settings["lr"] * _MUON_RMS * math.sqrt(max(updates.shape[1:]))
+            parts = orthogonalise(updates).split([shape[0] for _, shape in members])
+            for (parameter, _), part in zip(members, parts, strict=True):
+                parameter.mul_(1 - settings["lr"] * settings["weight_decay"])
+                parameter.sub_(part.reshape(parameter.shape), alpha=scale)
+
+    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Nesterov's look-ahead of the averaged gradient."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(state["momentum"], momentum)
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizers:
+    """The optimizers of one training; every trained parameter belongs to exactly one of them."""
+
+    all: tuple[torch.optim.Optimizer, ...]
+    names: Mapping[Tensor, str]
+
+    def step(self, learning_rate: float) -> None:
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """All state tensors by "<parameter>/<name>", sorted; none before the first step."""
+        tensors = {
+            f"{self.names[parameter]}/{name}": value
+            for optimizer in self.all
+            for parameter, values in optimizer.state.items()
+            for name, value in values.items()
+        }
+        return dict(sorted(tensors.items()))
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned. The tensors are kept, not copied."""
+        by_parameter: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            parameter, _, name = key.rpartition("/")
+            by_parameter.setdefault(parameter, {})[name] = tensor
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if (values := by_parameter.get(self.names[parameter])) is not None:
+                        optimizer.state[parameter] = values
+
+
+def make_optimizers(parameters: Mapping[str, Tensor], settings: OptimizerSettings) -> Optimizers:
+    """Sort the parameters by what their names and shapes say about them."""
+    matrices, decayed, plain = [], [], []
+    for name, parameter in parameters.items():
+        is_hidden_matrix = name.endswith("_proj.weight") or ".feed_forward.w" in name or ".experts." in name
+        if is_hidden_matrix and settings.name == "muon":
+            matrices.append((parameter, _num_stacked(name, parameter)))
+        elif is_hidden_matrix or name.endswith(".gate.weight"):
+            decayed.append(parameter)
+        else:  # norms, biases, conv taps; the embedding: its rows are as rare as their tokens, decay would eat them
+            plain.append(parameter)
+    groups = [
+        {"params": members, "weight_decay": decay}
+        for members, decay in ((decayed, settings.weight_decay), (plain, 0.0))
+        if members
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
+        )
+    ]
+    if matrices:
+        optimizers.append(
+            Muon(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay, momentum=settings.momentum)
+        )
+    return Optimizers(tuple(optimizers), {parameter: name for name, parameter in parameters.items()})
+
+
+def _num_stacked(name: str, parameter: Tensor) -> int:
+    """How many matrices a parameter holds that have nothing to do with each other."""
+    if name.endswith("gate_up_proj"):
+        return 2 * parameter.shape[0]
+    if name.endswith("experts.down_proj"):
+        return parameter.shape[0]
+    return 3 if name.endswith("conv.in_proj.weight") else 1

@@ -1,0 +1,70 @@
+"""Experts under autograd: the same values as the serving op, gradients against fp64 and against the plain loop."""
+
+import pytest
+import torch
+
+from lfm.kernels.experts import experts_ref
+from lfm.train.experts import experts_train
+
+torch.set_num_threads(1)
+TOKENS, HIDDEN, EXPERTS, CHOSEN, WIDTH = 7, 6, 5, 2, 4
+
+
+def arguments(dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [
+        (TOKENS, HIDDEN),
+        (TOKENS, HIDDEN),
+        (TOKENS, CHOSEN),
+        (EXPERTS, 2 * WIDTH, HIDDEN),
+        (EXPERTS, HIDDEN, WIDTH),
+    ]
+    return [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def chosen() -> torch.Tensor:
+    """Expert 3 gets no token, expert 0 most of them."""
+    return torch.tensor([[0, 1], [0, 2], [4, 0], [0, 1], [1, 2], [0, 4], [0, 1]])
+
+
+def test_gradients_equal_finite_differences() -> None:
+    def call(*args: torch.Tensor) -> torch.Tensor:
+        h, x, weights, gate_up, down = args
+        return experts_train(h, x, chosen(), weights, gate_up, down)
+
+    assert torch.autograd.gradcheck(call, arguments(torch.float64))
+
+
+def test_values_and_gradients_equal_the_serving_op() -> None:
+    ours, theirs = arguments(torch.float32), arguments(torch.float32)
+    outputs = [
+        op(args[0], args[1], chosen(), args[2], args[3], args[4])
+        for op, args in ((experts_train, ours), (experts_ref, theirs))
+    ]
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
+    for output in outputs:
+        output.square().sum().backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_grouped_products_agree_with_fp64_in_bf16() -> None:
+    """On a GPU in bf16: the relative error of every gradient is that of bf16, not of a wrong formula."""
+    exact = arguments(torch.float64)
+    args = [a.detach().to("cuda", torch.bfloat16).requires_grad_() for a in arguments(torch.float64)]
+    # Grouped products want rows of 16 bytes: pad by repeating.
+    assert HIDDEN * 2 % 4 == 0
+    scale = 4
+    exact = [a.detach().repeat_interleave(scale, -1).requires_grad_() if a.shape[-1] != CHOSEN else a for a in exact]
+    args = [a.detach().repeat_interleave(scale, -1).requires_grad_() if a.shape[-1] != CHOSEN else a for a in args]
+    exact[3] = exact[3].detach().repeat_interleave(scale, 1).requires_grad_()
+    args[3] = args[3].detach().repeat_interleave(scale, 1).requires_grad_()
+    exact[4] = exact[4].detach().repeat_interleave(scale, 1).requires_grad_()
+    args[4] = args[4].detach().repeat_interleave(scale, 1).requires_grad_()
+    for values, device in ((exact, "cpu"), (args, "cuda")):
+        h, x, weights, gate_up, down = values
+        experts_train(h, x, chosen().to(device), weights, gate_up, down).sum().backward()
+    for mine, other in zip(args, exact, strict=True):
+        error = (mine.grad.double().cpu() - other.grad).norm() / other.grad.norm()
+        assert error < 0.03

@@ -18,6 +18,7 @@ from lfm.cli.chat import chat
 from lfm.cli.generate import generate
 from lfm.cli.info import info
 from lfm.cli.serve import serve
+from lfm.cli.train import train
 from lfm.engine.threads import WAIT_ENVIRONMENT
 from lfm.errors import LfmError
 
@@ -40,6 +41,7 @@ for verb in (serve, generate, chat, info):
 bench.command("offline", epilog=_EPILOG)(offline)
 bench.command("serve", epilog=_EPILOG)(bench_serve)
 app.add_typer(bench, name="bench")
+app.add_typer(train, name="train")
 
 
 def _show_version(is_wanted: bool) -> None:

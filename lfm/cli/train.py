@@ -1,0 +1,137 @@
+"""`lfm train tokenizer|pretrain|sft`: train from a recipe, in this process.
+
+The same command resumes what was stopped. Ctrl-C ends after the step that runs, with a checkpoint; a second one ends
+at once.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lfm.cli import options
+from lfm.cli.terminal import PhaseLine, note
+from lfm.errors import UsageError
+
+if TYPE_CHECKING:
+    from lfm.train.recipe import TrainRecipe
+
+EXIT_INTERRUPTED = 130
+
+train = typer.Typer(help="Train a tokenizer or a model from one TOML file.", no_args_is_help=True)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file; see docs/training.md.")]
+DryRunFlag = Annotated[bool, options.flag("dry_run", "Check the recipe, print sizes, memory and time, and end.")]
+MinutesFlag = Annotated[
+    float | None, options.flag("minutes", "Save and end after so many minutes. Unset: the recipe's.")
+]
+
+
+@train.command()
+def tokenizer(recipe: RecipeArgument, dry_run: DryRunFlag = False, debug: options.DebugFlag = False) -> None:
+    """Train a byte-level BPE tokenizer with LFM2's control tokens."""
+    from lfm.train.recipe import TokenizerRecipe, read_recipe
+    from lfm.train.tokenizer import run_recipe
+
+    settings = read_recipe(recipe, TokenizerRecipe)
+    if dry_run:
+        note(f"tokenizer: {settings.tokenizer.vocab_size:,} tokens, into {settings.tokenizer.output}")
+        return
+    phases = PhaseLine()
+    try:
+        folder = run_recipe(settings, on_progress=phases)
+    except BaseException:
+        phases.close()
+        raise
+    phases.finish(f"the tokenizer is in {folder}")
+
+
+@train.command()
+def pretrain(
+    recipe: RecipeArgument,
+    dry_run: DryRunFlag = False,
+    minutes: MinutesFlag = None,
+    debug: options.DebugFlag = False,
+) -> None:
+    """Train on whole texts and conversations: every token counts."""
+    _run(recipe, "pretrain", dry_run=dry_run, minutes=minutes)
+
+
+@train.command()
+def sft(
+    recipe: RecipeArgument,
+    dry_run: DryRunFlag = False,
+    minutes: MinutesFlag = None,
+    debug: options.DebugFlag = False,
+) -> None:
+    """Fine-tune on conversations: only the assistant's turns count."""
+    _run(recipe, "sft", dry_run=dry_run, minutes=minutes)
+
+
+def _run(path: Path, kind: Literal["pretrain", "sft"], *, dry_run: bool, minutes: float | None) -> None:
+    from lfm.train.recipe import TrainRecipe, read_recipe
+
+    recipe = read_recipe(path, TrainRecipe)
+    if minutes is not None and minutes <= 0:
+        raise UsageError(f"--minutes {minutes:g} is out of range. Allowed: above 0.")
+    if dry_run:
+        _describe(recipe)
+        return
+    from lfm.train.session import train as train_model
+
+    phases = PhaseLine()
+    with _interrupts() as was_interrupted:
+        try:
+            outcome = train_model(
+                recipe,
+                kind,
+                minutes=recipe.run.minutes if minutes is None else minutes,
+                should_stop=was_interrupted,
+                on_progress=phases,
+            )
+        except BaseException:
+            phases.close()
+            raise
+    state = "finished" if outcome.is_finished else "stopped; the same command goes on"
+    loss = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
+    phases.finish(f"{state} after {outcome.num_steps} steps{loss}: {outcome.checkpoint}")
+    if was_interrupted() and not outcome.is_finished:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _describe(recipe: "TrainRecipe") -> None:
+    from lfm.train.dataset import MANIFEST, Dataset
+    from lfm.train.estimate import describe, describe_data
+    from lfm.train.session import choose_device, find_origin
+
+    device, dtype = choose_device(recipe)
+    for line in describe(find_origin(recipe).config, recipe, device, dtype):
+        note(line)
+    folder = Path(recipe.run.output) / "data"
+    if (folder / MANIFEST).exists():
+        note(describe_data(Dataset(folder), recipe))
+    else:
+        note("data: not prepared yet; the run does that first")
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Let the first SIGINT or SIGTERM only ask for the end; the second one ends the process as usual."""
+    received: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, previous[signal.Signals(number)])
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more to stop at once\n")  # print may not nest
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

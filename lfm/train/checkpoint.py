@@ -1,0 +1,120 @@
+"""Checkpoints: a model folder in Hugging Face layout, with the trainer's state in `training/` inside it.
+
+A checkpoint is written under another name, flushed to the disk and then renamed, so what is called `step-N` is whole.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lfm.errors import MachineError, ModelError
+from lfm.model.lfm2 import Lfm2
+from lfm.model.sizes import format_bytes
+from lfm.model.weights import save_weights
+from lfm.train.tensor_file import read_tensors, write_tensors
+
+_STATE, _TENSORS = "state.json", "state.safetensors"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A trainer's state: what JSON can hold, and tensors by name."""
+
+    state: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def checkpoint_folders(output: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    folders = [path for path in (output / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def save_checkpoint(output: Path, step: int, model: Lfm2, checkpoint: Checkpoint, *, tokenizer_folder: Path) -> Path:
+    """Write the checkpoint of a step, all or nothing. Raises MachineError if the disk is full."""
+    folder = output / "checkpoints" / f"step-{step:08d}"
+    partial = folder.with_name(f"{folder.name}.partial")
+    if folder.is_dir():
+        return folder
+    with _disk_errors(folder, checkpoint.tensors):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            _write_all(partial, model, checkpoint, tokenizer_folder)
+            partial.rename(folder)
+            _flush(folder.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return folder
+
+
+def remove_old_checkpoints(output: Path, *, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for folder in checkpoint_folders(output)[:-keep]:
+        shutil.rmtree(folder)
+
+
+def load_checkpoint(folder: Path, *, device: torch.device) -> Checkpoint:
+    """Read a trainer's state. Raises ModelError if it is damaged."""
+    path = folder / "training" / _STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return Checkpoint(state, read_tensors(path.with_name(_TENSORS), device=device))
+    except (OSError, ValueError, ModelError) as error:
+        raise ModelError(
+            f"The checkpoint {folder} is damaged ({error}). Remove it; the same command resumes from the one before."
+        ) from error
+
+
+def _write_all(folder: Path, model: Lfm2, checkpoint: Checkpoint, tokenizer_folder: Path) -> None:
+    save_weights(model, folder)
+    for name in _TOKENIZER_FILES:
+        if (tokenizer_folder / name).is_file():
+            shutil.copyfile(tokenizer_folder / name, folder / name)
+    config = model.config
+    generation = {
+        "_from_model_config": True,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids),
+        "pad_token_id": config.pad_token_id,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    (folder / "training").mkdir()
+    write_tensors(folder / "training" / _TENSORS, checkpoint.tensors)
+    state = json.dumps(checkpoint.state, indent=1) + "\n"
+    (folder / "training" / _STATE).write_text(state, encoding="utf-8")
+    for path in (*folder.iterdir(), *(folder / "training").iterdir(), folder):
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _disk_errors(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        needed = format_bytes(sum(tensor.nbytes for tensor in tensors.values()))
+        raise MachineError(
+            f"The disk is full: the checkpoint {folder} needs some {needed} more than the weights. Earlier checkpoints "
+            "are untouched. Free some space; the same command resumes from the newest."
+        ) from error

@@ -17,6 +17,7 @@ from lfm.engine.sampling_rows import SamplingRows
 from lfm.engine.scheduler import Scheduler
 from lfm.engine.warm_up import measure_workspace
 from lfm.errors import MachineError
+from lfm.kernels.attention import is_paged_fast
 from lfm.kernels.forward_batch import CacheTensors
 from lfm.model.lfm2 import Lfm2
 from lfm.model.ops import FAST, REFERENCE, Ops
@@ -104,10 +105,16 @@ def assemble_engine(
     )
     info = _plan_info(config, plan, num_blocks)
     is_fast = runner.is_async and not plan.plain_loop
-    if is_fast and ops.is_capturable:
+    if is_fast and ops.is_capturable and _has_kernels(runner):
         runner.enable_graphs()
     overlap = is_fast if overlap is None else overlap
     return Engine(scheduler, runner, info, num_ids=num_ids, overlap=overlap, seed=plan.seed)
+
+
+def _has_kernels(runner: Runner) -> bool:
+    """Whether the fast ops take this model; what falls back to its reference cannot be captured."""
+    weight, cache = runner.model.model.embed_tokens.weight, runner.cache
+    return all(is_paged_fast(weight, runner.model.config.num_attention_heads, k) for k in cache.k[:1])
 
 
 def _cache(config: ModelConfig, plan: EnginePlan, num_blocks: int) -> CacheTensors:

@@ -6,6 +6,7 @@ Warm-up and capture use scratch inputs: a tail write is not idempotent, so nothi
 All inputs of a step travel in one copy. Legend: B rows of the bucket, V vocabulary.
 """
 
+import logging
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from lfm.engine.step import ScheduledBatch
 from lfm.kernels.forward_batch import SCRATCH_BLOCK, CacheTensors, ForwardBatch
 from lfm.model.lfm2 import Lfm2
 from lfm.model.ops import Ops
+
+logger = logging.getLogger(__name__)
 
 # A step pads by a quarter at most; up to 8 rows, where each padding row would cost most, not at all.
 BUCKETS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
@@ -64,6 +67,7 @@ class DecodeGraphs:
         self._demand: Counter[int] = Counter()
         self._sample_demand: Counter[tuple[int, SampleFlags]] = Counter()
         self._memory_pool = torch.cuda.graph_pool_handle()
+        self.num_replayed = 0
 
     def launch(self, batch: ScheduledBatch) -> DecodeGraph | None:
         """Replay a decode step whose tables were extended; None if it has another shape or no graph yet."""
@@ -81,6 +85,7 @@ class DecodeGraphs:
         self._fill(staging.numpy(), batch)
         graph.inputs.copy_(staging, non_blocking=True)
         graph.graph.replay()
+        self.num_replayed += 1
         return graph
 
     def sample(self, graph: DecodeGraph, flags: SampleFlags) -> Tensor | None:
@@ -95,7 +100,17 @@ class DecodeGraphs:
         return captured[1]
 
     def capture_wanted(self) -> None:
-        """Capture one graph that steps have asked for, if any. Called between steps."""
+        """Capture one graph that steps have asked for, if any. Called between steps.
+
+        If that fails, steps go on without graphs: slower, and said in the log.
+        """
+        try:
+            self._capture_next()
+        except RuntimeError:
+            logger.exception("a CUDA graph cannot be captured; going on without graphs")
+            self._buckets, self._graphs = [], {}
+
+    def _capture_next(self) -> None:
         wanted = next((bucket for bucket, count in self._demand.items() if count >= CAPTURE_DEMAND), None)
         if wanted is not None:
             del self._demand[wanted]

@@ -70,6 +70,11 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
 
     @property
+    def num_replayed(self) -> int:
+        """Steps that were replayed from a graph so far."""
+        return self._graphs.num_replayed if self._graphs is not None else 0
+
+    @property
     def is_async(self) -> bool:
         """Whether launching returns before the step is computed, so that the host can work ahead."""
         return self.rows.device.type == "cuda"

@@ -6,16 +6,25 @@ a parity test; a capability check inside the op falls back to the reference.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from lfm.kernels.attention import attend_packed, attend_ref, qkv_ref
+from lfm.kernels.attention import attend, attend_packed, attend_ref, qkv, qkv_ref
 from lfm.kernels.experts import experts, experts_ref
 from lfm.kernels.forward_batch import ForwardBatch
-from lfm.kernels.norm import dense_ref, project_add_ref, project_ref, rms_norm_ref
+from lfm.kernels.norm import (
+    dense,
+    dense_ref,
+    project,
+    project_add,
+    project_add_ref,
+    project_ref,
+    rms_norm,
+    rms_norm_ref,
+)
 from lfm.kernels.router import route_ref
-from lfm.kernels.short_conv import conv_in_packed, conv_in_ref
+from lfm.kernels.short_conv import conv_in, conv_in_packed, conv_in_ref
 from lfm.kernels.weights import Linear, Norm, Rope, Router
 
 
@@ -39,4 +48,14 @@ class Ops:
 
 PACKED = Ops(conv_in=conv_in_packed, attend=attend_packed)
 REFERENCE = Ops(conv_in=conv_in_ref, attend=attend_ref)
-FAST = replace(REFERENCE, experts=experts)
+FAST = Ops(
+    conv_in=conv_in,
+    qkv=qkv,
+    attend=attend,
+    project_add=project_add,
+    dense=dense,
+    experts=experts,
+    norm=rms_norm,
+    head=project,
+    is_capturable=True,
+)

@@ -28,6 +28,7 @@ from lfm.server.health import Liveness, Readiness
 from lfm.server.messages import Messages, TokenCount
 from lfm.server.metrics import Metrics, MetricsPage
 from lfm.server.models import ModelDetail, ModelList, ProjectModels, SupportedModels
+from lfm.server.openapi import OpenApi
 from lfm.server.render import Render
 from lfm.server.responses import InputItemList, Responses, StoredResponses
 from lfm.server.state import AppState, record_of
@@ -84,6 +85,7 @@ def _routes(state: AppState) -> list[Route]:
         _route("GET", "/readyz", Readiness(state)),
         _route("GET", "/health", Readiness(state)),
         _route("GET", "/metrics", MetricsPage(state.metrics)),
+        _route("GET", "/openapi.json", OpenApi(state)),
     ]
     for prefix in V1_PREFIXES:
         routes += [

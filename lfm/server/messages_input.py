@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, PlainValidator
 from lfm.chat.json_fields import json_type, typed
 from lfm.chat.messages import Message, ToolCall
 from lfm.errors import RequestError
+from lfm.server.input_models import SystemText, Turns
 from lfm.server.schemas import SamplingRequest, shown
 from lfm.server.tool_turns import ToolTurns
 
@@ -67,8 +68,8 @@ def _parse_stop_sequences(value: object) -> object:
 class TokenCountRequest(SamplingRequest):
     """POST /v1/messages/count_tokens."""
 
-    messages: Annotated[list[Message], PlainValidator(parse_turns)]
-    system: Annotated[str, PlainValidator(parse_system)] = ""
+    messages: Annotated[list[Message], PlainValidator(parse_turns, json_schema_input_type=Turns)]
+    system: Annotated[str, PlainValidator(parse_system, json_schema_input_type=SystemText)] = ""
 
     @property
     def conversation(self) -> list[Message]:
@@ -87,7 +88,9 @@ class MessagesRequest(TokenCountRequest):
     stop_field: ClassVar[str] = "stop_sequences"
 
     max_tokens: int
-    stop_sequences: Annotated[list[str] | None, BeforeValidator(_parse_stop_sequences)] = None
+    stop_sequences: Annotated[
+        list[str] | None, BeforeValidator(_parse_stop_sequences, json_schema_input_type=list[str] | None)
+    ] = None
 
     @property
     def stop_strings(self) -> Sequence[str]:

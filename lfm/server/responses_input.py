@@ -9,11 +9,12 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Annotated, NamedTuple
 
-from pydantic import AfterValidator, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator
 
 from lfm.chat.json_fields import json_type, parse_arguments, typed
 from lfm.chat.messages import Message, ToolCall
 from lfm.errors import RequestError
+from lfm.server.input_models import ResponsesInput
 from lfm.server.schemas import SamplingRequest, StopField, TopLogprobsField, shown
 from lfm.server.tool_turns import ToolTurns
 
@@ -200,7 +201,9 @@ def _check_metadata(value: dict[str, str] | None) -> dict[str, str] | None:
 class ResponsesRequest(SamplingRequest):
     """POST /v1/responses."""
 
-    input: Annotated[InputItems, PlainValidator(parse_input)] = InputItems([])
+    input: Annotated[InputItems, PlainValidator(parse_input, json_schema_input_type=ResponsesInput)] = Field(
+        default_factory=lambda: InputItems([])
+    )
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: int | None = None

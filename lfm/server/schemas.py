@@ -14,6 +14,7 @@ from lfm.chat.defaults import RequestedSampling
 from lfm.chat.messages import Message, parse_messages
 from lfm.errors import RequestError
 from lfm.protocol import MAX_PROMPTS, MAX_TOP_LOGPROBS
+from lfm.server.input_models import ChatMessage
 
 _R = TypeVar("_R", bound=BaseModel)
 
@@ -79,7 +80,7 @@ def _check_top_logprobs(value: int | None) -> int | None:
     return value
 
 
-StopField = Annotated[list[str] | None, BeforeValidator(_parse_stop)]
+StopField = Annotated[list[str] | None, BeforeValidator(_parse_stop, json_schema_input_type=str | list[str] | None)]
 TopLogprobsField = Annotated[int | None, AfterValidator(_check_top_logprobs)]
 
 
@@ -173,7 +174,9 @@ class GenerationRequest(SamplingRequest):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     stop: StopField = None
-    logprobs: Annotated[bool | int | None, PlainValidator(_parse_logprobs)] = None
+    logprobs: Annotated[
+        bool | int | None, PlainValidator(_parse_logprobs, json_schema_input_type=bool | int | None)
+    ] = None
     top_logprobs: TopLogprobsField = None
     echo: bool | None = None
     stream_options: StreamOptions | None = None
@@ -231,13 +234,16 @@ class GenerationRequest(SamplingRequest):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], PlainValidator(parse_messages)]
+    messages: Annotated[list[Message], PlainValidator(parse_messages, json_schema_input_type=list[ChatMessage])]
 
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. Each prompt is a text or token ids."""
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(_parse_prompts)]
+    prompt: Annotated[
+        list[str | list[int]],
+        PlainValidator(_parse_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    ]
 
 
 EXPECTED = {

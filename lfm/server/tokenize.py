@@ -19,6 +19,7 @@ from lfm.server.admission import (
     shown_prompt,
 )
 from lfm.server.asgi import read_json_object, send_json
+from lfm.server.input_models import ChatMessage
 from lfm.server.schemas import parse_request
 from lfm.server.state import AppState
 
@@ -37,7 +38,9 @@ class TokenizeRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message] | None, PlainValidator(_parse_messages)] = None
+    messages: Annotated[
+        list[Message] | None, PlainValidator(_parse_messages, json_schema_input_type=list[ChatMessage] | None)
+    ] = None
     add_special_tokens: bool | None = None
     parse_special: bool | None = None
     add_generation_prompt: bool | None = None

@@ -1,0 +1,31 @@
+"""What can go wrong in a search. Every message can be read by a user, and by a model in place of a result.
+
+SearchError
++-- IndexFileError     exit 2: the index's files are corrupt, of a newer version, or no index at all
++-- IndexBusyError     exit 3: another process writes to the index, or it is being rebuilt; try again
++-- ExtractionError    exit 2: no text could be taken from a document
+"""
+
+from lfm.errors import LfmError
+
+
+class SearchError(LfmError):
+    """Base of everything that a search can fail with."""
+
+
+class IndexFileError(SearchError):
+    """The index's files are corrupt, of a newer version, or no index at all."""
+
+    exit_code = 2
+
+
+class IndexBusyError(SearchError):
+    """Another process writes to the index, or it is being rebuilt."""
+
+    exit_code = 3
+
+
+class ExtractionError(SearchError):
+    """No text could be taken from a document: it is damaged, encrypted, hostile, or needs a package that is missing."""
+
+    exit_code = 2

@@ -27,6 +27,12 @@ def runtime_dependencies() -> list[Requirement]:
     return [Requirement(line) for line in pyproject()["project"]["dependencies"]]
 
 
+def extra_dependencies() -> list[Requirement]:
+    """What a user may add: every extra but `dev`."""
+    extras: dict[str, list[str]] = pyproject()["project"]["optional-dependencies"]
+    return [Requirement(line) for extra, lines in extras.items() if extra != "dev" for line in lines]
+
+
 def dev_dependencies() -> list[Requirement]:
     return [Requirement(line) for line in pyproject()["project"]["optional-dependencies"]["dev"]]
 
@@ -37,7 +43,8 @@ def torch_needs() -> list[Requirement]:
 
 
 def locked_needs() -> list[Requirement]:
-    return [need for need in runtime_dependencies() + dev_dependencies() + torch_needs() if need.name != "torch"]
+    needs = runtime_dependencies() + extra_dependencies() + dev_dependencies() + torch_needs()
+    return [need for need in needs if need.name != "torch"]
 
 
 def locked_blocks() -> dict[str, list[tuple[Requirement, int]]]:
@@ -186,12 +193,12 @@ def imported_modules() -> frozenset[str]:
 
 
 def test_every_import_is_a_declared_dependency() -> None:
-    declared = {MODULE_OF.get(need.name, need.name) for need in runtime_dependencies()}
+    declared = {MODULE_OF.get(need.name, need.name) for need in runtime_dependencies() + extra_dependencies()}
     undeclared = imported_modules() - declared - {"triton"}  # triton comes with torch
     assert not undeclared, f"declare them in pyproject.toml, or do without: {sorted(undeclared)}"
 
 
 def test_every_declared_dependency_is_used() -> None:
-    declared = {need.name for need in runtime_dependencies()} - NEVER_IMPORTED
+    declared = {need.name for need in runtime_dependencies() + extra_dependencies()} - NEVER_IMPORTED
     unused = {name for name in declared if MODULE_OF.get(name, name) not in imported_modules()}
     assert not unused, f"nothing under lfm/ imports {sorted(unused)}"

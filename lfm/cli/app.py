@@ -16,6 +16,7 @@ from lfm.cli.bench_offline import offline
 from lfm.cli.bench_serve import serve as bench_serve
 from lfm.cli.chat import chat
 from lfm.cli.generate import generate
+from lfm.cli.index import index
 from lfm.cli.info import info
 from lfm.cli.serve import serve
 from lfm.cli.train import train
@@ -41,6 +42,7 @@ for verb in (serve, generate, chat, info):
 bench.command("offline", epilog=_EPILOG)(offline)
 bench.command("serve", epilog=_EPILOG)(bench_serve)
 app.add_typer(bench, name="bench")
+app.add_typer(index, name="index")
 app.add_typer(train, name="train")
 
 

@@ -1,0 +1,132 @@
+"""`lfm index`: the search index over your own documents. Add them, list them, search them, remove them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lfm.cli import options
+from lfm.cli.terminal import PhaseLine, note, write_text
+from lfm.errors import UsageError
+from lfm.service.data_folder import data_folder
+
+if TYPE_CHECKING:
+    from lfm.search.indexing import AddReport
+    from lfm.search.local_index import Hit, LocalIndex
+
+_SHOWN_CHARS = 300
+
+index = typer.Typer(help="Search your own documents: add, list, search, remove.", no_args_is_help=True)
+
+PathsArgument = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files, or folders with all in them.")]
+IndexFlag = Annotated[
+    Path | None,
+    options.flag("index", "Folder of the index. Unset: ~/.local/share/lfm/search, or as XDG_DATA_HOME says."),
+]
+LimitFlag = Annotated[int, options.flag("limit", "Most passages to show.")]
+
+
+@index.command("add")
+def add(paths: PathsArgument, index_folder: IndexFlag = None, debug: options.DebugFlag = False) -> None:
+    """Add documents: text, Markdown, HTML and PDF. What has not changed since the last time is skipped."""
+    from lfm.search.extraction import Extractor
+    from lfm.search.indexing import add_paths
+
+    line = PhaseLine()
+    with _opened(index_folder, is_new=True) as opened, Extractor() as extractor:
+        try:
+            report = add_paths(opened, paths, extractor=extractor, on_progress=line)
+        finally:
+            line.close()
+        num_documents, num_chunks = opened.store.counts()
+    _show_report(report)
+    print(f"The index holds {num_documents:,} documents in {num_chunks:,} passages.")
+    if report.failed:
+        raise UsageError(f"{len(report.failed):,} of the documents could not be read; the causes are above.")
+
+
+@index.command("list")
+def list_documents(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[PATH...]", help="Only these files or folders.")
+    ] = None,
+    index_folder: IndexFlag = None,
+    debug: options.DebugFlag = False,
+) -> None:
+    """List the documents in the index: path, title, passages and bytes, separated by tabs."""
+    with _opened(index_folder) as opened:
+        documents = [document for name in _names(paths) for document in opened.store.documents(under=name)]
+    for document in documents:
+        write_text(f"{document.path}\t{document.title}\t{document.num_chunks}\t{document.num_bytes}\n")
+    if not documents:
+        note("No documents. Add some with: lfm index add PATH...")
+
+
+@index.command("search")
+def search(
+    query: Annotated[list[str], typer.Argument(metavar="QUERY...", help="What to look for, in any words.")],
+    limit: LimitFlag = 5,
+    index_folder: IndexFlag = None,
+    debug: options.DebugFlag = False,
+) -> None:
+    """Show the passages that match any word of the query, best first."""
+    if limit < 1:
+        raise UsageError(f"--limit {limit} is out of range. Allowed: 1 or more.")
+    with _opened(index_folder) as opened:
+        hits = opened.search(" ".join(query), limit=limit)
+    for number, hit in enumerate(hits, 1):
+        write_text(_shown(number, hit))
+    if not hits:
+        note("Nothing found.")
+
+
+@index.command("remove")
+def remove(paths: PathsArgument, index_folder: IndexFlag = None, debug: options.DebugFlag = False) -> None:
+    """Remove documents from the index; the files themselves stay. They need not exist any more."""
+    with _opened(index_folder) as opened:
+        removed = set()
+        for path, name in zip(paths, _names(paths), strict=True):
+            documents = opened.store.documents(under=name)
+            if not documents:
+                raise UsageError(f"{str(path)!r} is not in the index. See what is: lfm index list")
+            removed |= {document.path for document in documents}
+        opened.store.write(remove=removed)
+        opened.sync()
+    print(f"Removed {len(removed):,} documents.")
+
+
+@contextmanager
+def _opened(folder: Path | None, *, is_new: bool = False) -> Iterator["LocalIndex"]:
+    """The index, which must exist already unless `is_new`."""
+    from lfm.search.local_index import STORE_FILE, LocalIndex
+
+    folder = folder or data_folder() / "search"
+    if not is_new and not (folder / STORE_FILE).is_file():
+        raise UsageError(f"There is no index in {folder}. Make one with: lfm index add PATH...")
+    with LocalIndex(folder) as opened:
+        yield opened
+
+
+def _names(paths: Sequence[Path] | None) -> list[str | None]:
+    """Paths as the index knows them; None for all documents."""
+    return [str(path.resolve()) for path in paths] if paths else [None]
+
+
+def _show_report(report: "AddReport") -> None:
+    for path, cause in report.failed:
+        note(f"{path}: {cause}")
+    for path in report.empty:
+        note(f"{path}: has no text (a scan?), so nothing in it can be found.")
+    print(
+        f"{report.num_added:,} added, {report.num_changed:,} changed, {report.num_unchanged:,} unchanged, "
+        f"{len(report.failed):,} failed: {report.num_bytes:,} bytes, {report.num_chunks:,} passages."
+    )
+
+
+def _shown(number: int, hit: "Hit") -> str:
+    where = f" ({hit.location})" if hit.location else ""
+    text = " ".join(hit.chunk.text.split())
+    text = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
+    return f"{number}. {hit.chunk.title}{where}\n   {hit.chunk.path}\n   {text}\n"

@@ -22,6 +22,12 @@ from lfm.server.tokenize import DetokenizeRequest, TokenizeRequest
 
 Json = dict[str, object]
 
+TEXT: Json = {"type": "string", "minLength": 1}
+EVENT: Json = {  # of a stream; `data` is JSON, or [DONE] at the end
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 REF = "#/components/schemas/{model}"
 DESCRIPTION = (
     "LFM2 behind the APIs of OpenAI, Together and Anthropic. Unknown fields are tolerated; fields that ask for "
@@ -120,7 +126,7 @@ def make_document(model_name: str, *, needs_key: bool) -> Json:
         _add_bounds(schemas[request.__name__], model_name)
     paths: dict[str, Json] = {}
     for operation in OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method] = _describe(operation, refs)
+        paths.setdefault(operation.path, {})[operation.method] = _describe(operation, refs, model_name=model_name)
     document: Json = {
         "openapi": "3.1.0",
         "info": {"title": "lfm", "version": lfm.__version__, "description": DESCRIPTION},
@@ -159,12 +165,12 @@ def _reachable(schemas: dict[str, Json], paths: Mapping[str, Json]) -> dict[str,
     return {name: schema for name, schema in schemas.items() if name.encode() in used}
 
 
-def _describe(operation: Operation, refs: Mapping[type[BaseModel], object]) -> Json:
+def _describe(operation: Operation, refs: Mapping[type[BaseModel], object], *, model_name: str) -> Json:
     content: Json = {"text/plain": {"schema": {"type": "string"}}}
     if operation.answer is not None:
         content = {"application/json": {"schema": refs[operation.answer]}}
     if operation.is_streamed:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": EVENT}
     error = {"application/json": {"schema": refs[operation.error]}}
     described: Json = {
         "summary": operation.summary,
@@ -177,7 +183,8 @@ def _describe(operation: Operation, refs: Mapping[type[BaseModel], object]) -> J
     }
     names = re.findall(r"\{(\w+)\}", operation.path)
     parameters: list[Json] = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}} for name in names
+        {"name": name, "in": "path", "required": True, "schema": {"enum": [model_name]} if name == "model" else TEXT}
+        for name in names
     ]
     parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()]
     if parameters:

@@ -22,7 +22,7 @@ def client() -> AppClient:
 
 @pytest.mark.parametrize("path", BODIES)
 def test_the_prompts_are_those_that_the_engine_gets(client: AppClient, path: str) -> None:
-    body = {"model": MODEL, **BODIES[path], "temperature": 0.5, "seed": 5}
+    body = {"model": MODEL, **BODIES[path], "temperature": 0.5, "seed": 5, "logit_bias": {"20": 1}}
     rendered = client.post(f"{path}/render", body)
     assert rendered.status_code == 200
     assert client.backend.requests == []
@@ -35,6 +35,7 @@ def test_the_prompts_are_those_that_the_engine_gets(client: AppClient, path: str
     sampling = client.backend.requests[0].sampling
     assert answer["sampling"]["temperature"] == 0.5 == sampling.temperature
     assert answer["sampling"]["seed"] == 5
+    assert answer["sampling"]["logit_bias"] == {"20": 1.0}
     assert answer["sampling"]["max_tokens"] == sampling.max_tokens
 
 

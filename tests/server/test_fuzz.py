@@ -7,16 +7,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lfm.server.refusals import CHAT_RULES
+from lfm.server.messages_input import MessagesRequest
+from lfm.server.refusals import CHAT_RULES, MESSAGES_RULES, RESPONSES_RULES
+from lfm.server.responses_input import ResponsesRequest
 from lfm.server.schemas import ChatRequest, CompletionRequest
-from tests.server.fakes import CHAT_PATH, MODEL, AppClient, chat_body
+from lfm.server.tokenize import DetokenizeRequest, TokenizeRequest
+from tests.server.fakes import CHAT_PATH, MODEL, AppClient
 
+USER = {"role": "user", "content": "Hi"}
+BODIES: dict[str, dict[str, Any]] = {
+    CHAT_PATH: {"messages": [USER], "max_tokens": 2},
+    "/v1/completions": {"prompt": "a", "max_tokens": 2},
+    "/v1/responses": {"input": [USER], "max_output_tokens": 2, "store": False},
+    "/v1/responses/render": {"input": [USER]},
+    "/v1/messages": {"messages": [USER], "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": [USER]},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [40]},
+}
+REQUESTS = (ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, TokenizeRequest, DetokenizeRequest)
+RULED = [
+    path for rules in (CHAT_RULES, RESPONSES_RULES, MESSAGES_RULES) for path in (*rules.refused, *rules.without_effect)
+]
 FIELDS = sorted(
     {
-        *ChatRequest.model_fields,
-        *CompletionRequest.model_fields,
-        *CHAT_RULES.refused,
-        *CHAT_RULES.without_effect,
+        *(name for request in REQUESTS for name in request.model_fields),
+        *(path.partition(".")[0].removesuffix("[]") for path in RULED),
         "anything",
     }
 )
@@ -27,13 +43,48 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=6,
 )
+texts = st.sampled_from(["", "Hi", "<|im_end|>"]) | json_values
+kinds = st.sampled_from(
+    [
+        "text",
+        "input_text",
+        "output_text",
+        "tool_use",
+        "tool_result",
+        "thinking",
+        "message",
+        "function_call",
+        "function_call_output",
+        "reasoning",
+        "image",
+    ]
+)
+ids = st.sampled_from(["a", "b"]) | json_values
+parts = st.fixed_dictionaries(
+    {"type": kinds | json_values},
+    optional={
+        "text": texts,
+        "id": ids,
+        "call_id": ids,
+        "tool_use_id": ids,
+        "name": texts,
+        "input": st.dictionaries(st.text(max_size=5), json_values, max_size=2) | json_values,
+        "arguments": st.sampled_from(["", "{}", '{"a": NaN}', "[" * 2000]) | json_values,
+        "output": texts,
+        "content": texts,
+        "is_error": json_values,
+        "role": st.sampled_from(["system", "user", "assistant"]),
+    },
+)
+contents = texts | st.lists(parts | json_values, max_size=3)
 messages = st.lists(
     st.fixed_dictionaries(
         {"role": st.sampled_from(["system", "user", "assistant", "tool", "developer"]) | json_values},
-        optional={"content": st.text(max_size=9) | json_values, "tool_calls": json_values, "name": json_values},
+        optional={"content": contents, "tool_calls": json_values, "name": json_values, "type": st.just("message")},
     )
+    | parts
     | json_values,
-    max_size=3,
+    max_size=4,
 )
 
 
@@ -44,22 +95,33 @@ def check(client: AppClient, path: str, body: dict[str, Any]) -> None:
         content = json.dumps(body).encode()
     response = client.request("POST", path, content=content)
     if response.status_code == 200:
-        assert "error" not in response.text.rpartition("data: {")[2]
+        assert not any(sign in response.text for sign in ('{"error":{', '"type":"error"', "response.failed"))
     else:
         assert response.status_code in (400, 404)
         assert response.json()["error"]["message"]
     assert not any(stream.running for stream in client.backend.streams)
 
 
-@pytest.mark.parametrize("path", [CHAT_PATH, "/v1/completions"])
-@given(fields=st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=3), max_tokens=st.integers(1, 3))
-def test_any_values_in_known_fields(path: str, fields: dict[str, Any], max_tokens: int) -> None:
-    check(AppClient(), path, {**chat_body(prompt="a", max_tokens=max_tokens), **fields})
+@pytest.mark.parametrize("path", BODIES)
+@given(fields=st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=3))
+def test_any_values_in_known_fields(path: str, fields: dict[str, Any]) -> None:
+    check(AppClient(), path, {"model": MODEL, **BODIES[path], **fields})
 
 
+@pytest.mark.parametrize("path", [path for path, body in BODIES.items() if "messages" in body or "input" in body])
 @given(messages=messages)
-def test_any_messages(messages: object) -> None:
-    check(AppClient(), CHAT_PATH, chat_body(messages=messages, max_tokens=2))
+def test_any_messages(path: str, messages: object) -> None:
+    field = "input" if "input" in BODIES[path] else "messages"
+    check(AppClient(), path, {"model": MODEL, **BODIES[path], field: messages})
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+@given(contents=st.lists(contents, min_size=1, max_size=3))
+def test_any_contents_of_well_formed_turns(path: str, contents: list[object]) -> None:
+    roles = ["user", "assistant", "user"]
+    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    field = "input" if "input" in BODIES[path] else "messages"
+    check(AppClient(), path, {"model": MODEL, **BODIES[path], field: turns, "stream": True})
 
 
 @given(body=st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode()))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lfm.kernels.forward_batch import ForwardBatch
-from lfm.kernels.paged_tiles import LOG2_E, load_kv, softmax_step
+from lfm.kernels.paged_tiles import LOG2_E, key_offsets, softmax_step
 from lfm.kernels.triton_guard import TensorDescriptor, has_dependent_launch, tl, triton
 
 ROWS_AT_ONCE = 128  # row starts that a program compares with its own at a time
@@ -37,7 +37,7 @@ def tiling_of(num_tokens: int, head_dim: int, *, copies: bool) -> Tiling:
     """Measured on an H200 at head_dim 64. With few tokens all programs run at once, and larger ones reuse more."""
     if head_dim > 64:
         return Tiling(64, 64, 4, 2)
-    if copies and num_tokens > 4096:
+    if copies and num_tokens > 2048:
         return Tiling(64, 128, 4, 2)
     return Tiling(128, 64, 4, 3 if copies else 2)
 
@@ -51,6 +51,34 @@ def _row_of_tile(row_starts_S1, num_rows, tile, TOKENS: tl.constexpr, CHUNK: tl.
         starts = tl.load(row_starts_S1 + rows, mask=rows < num_rows, other=0).to(tl.int32)
         found += ((rows < num_rows) & (starts // TOKENS + rows <= tile)).to(tl.int32)
     return tl.sum(found, 0) - 1
+
+
+@triton.jit
+def _attend_tile(
+    q, k_NGBK, v_NGBK, table, block, n, end, g, positions, acc, largest, total, scale,
+    G: tl.constexpr, K: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, COPIES: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take the keys from n on. IS_MASKED: those after a query, and from `end` on, which may be NaN, are hidden."""
+    dims, keys = tl.arange(0, K), n + tl.arange(0, TILE)
+    if COPIES:
+        first = (block.to(tl.int32) * G + g) * B + n % B
+        k = k_NGBK.load([first, 0]).T
+        v = v_NGBK.load([first, 0])
+        if IS_MASKED:
+            v = tl.where((keys < end)[:, None], v, 0.0)
+    else:
+        offsets = key_offsets(table, block, n, end, g, G, K, B, TILE)
+        k = tl.load(k_NGBK + offsets[None, :] + dims[:, None])
+        if IS_MASKED:
+            v = tl.load(v_NGBK + offsets[:, None] + dims[None, :], mask=(keys < end)[:, None], other=0.0)
+        else:
+            v = tl.load(v_NGBK + offsets[:, None] + dims[None, :])
+    s = tl.dot(q, k)
+    if IS_MASKED:
+        s = tl.where(keys[None, :] <= positions[:, None], s, float("-inf"))
+    p, shrink, largest, total = softmax_step(s, largest, total, scale)
+    return tl.dot(p.to(v.dtype), v, acc * shrink[:, None]), largest, total
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_rows"])
@@ -76,7 +104,7 @@ def _prefill_kernel(
         return
     begin = tl.load(starts_S + row).to(tl.int32) + done
     end = begin + tl.minimum(TOKENS, size - done)
-    rows, dims, keys = tl.arange(0, TOKENS * PADDED), tl.arange(0, K), tl.arange(0, TILE)
+    rows, dims = tl.arange(0, TOKENS * PADDED), tl.arange(0, K)
     positions = begin + rows // PADDED
     is_real = (positions < end) & (rows % PADDED < GROUP)
     token = (first + done + rows // PADDED).to(tl.int64)
@@ -90,14 +118,19 @@ def _prefill_kernel(
     acc = tl.zeros([TOKENS * PADDED, K], tl.float32)
     unmasked = (begin + 1) // TILE * TILE
     for n in range(0, unmasked, TILE):
-        k, v = load_kv(k_NGBK, v_NGBK, table, block, n, end, g, G, K, B, TILE, COPIES, False)
-        block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
-        acc, largest, total = softmax_step(q, k, v, None, acc, largest, total, scale, False)
+        next_block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
+        acc, largest, total = _attend_tile(
+            q, k_NGBK, v_NGBK, table, block, n, end, g, positions, acc, largest, total, scale, G, K, B, TILE, COPIES,
+            False,
+        )  # fmt: skip
+        block = next_block
     for n in range(unmasked, end, TILE):
-        k, v = load_kv(k_NGBK, v_NGBK, table, block, n, end, g, G, K, B, TILE, COPIES, True)
-        block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
-        is_key = n + keys[None, :] <= positions[:, None]
-        acc, largest, total = softmax_step(q, k, v, is_key, acc, largest, total, scale, True)
+        next_block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
+        acc, largest, total = _attend_tile(
+            q, k_NGBK, v_NGBK, table, block, n, end, g, positions, acc, largest, total, scale, G, K, B, TILE, COPIES,
+            True,
+        )  # fmt: skip
+        block = next_block
     acc = acc / total[:, None]
     to = o_THK + (token * (G * GROUP) + head)[:, None] * K + dims[None, :]
     tl.store(to, acc.to(o_THK.dtype.element_ty), mask=is_real[:, None])

@@ -104,7 +104,7 @@ def _greedy_kernel(
     num_ids = tl.load(ints + row * 4 + 3)
     best = tl.full([IDS // 32, 32], float("-inf"), tl.float32)
     best_ids = tl.zeros([IDS // 32, 32], tl.int32)
-    for first in tl.range(0, V, IDS, num_stages=3):
+    for first in range(0, V, IDS):
         words = first // 32 + tl.arange(0, IDS // 32)
         x, ids = _adjusted(logits_RV + r * V, words, seen + row * W, num_ids, penalty, V, REPETITION)
         best_ids = tl.where(x > best, ids, best_ids)
@@ -229,6 +229,6 @@ def sample_rows(
     )  # fmt: skip
     _draw_kernel[(num_rows,)](
         *common, ids_R, maxima_RC, vocab, words, C=num_groups, J=group, TOP=MAX_TOP_K, REPETITION=repetition,
-        HAS_OK=ok_R is not None, num_warps=16, enable_fp_fusion=False,
+        HAS_OK=ok_R is not None, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return ids_R

@@ -11,7 +11,7 @@ Legend: T tokens, S rows, H q heads, G kv heads, K head dim, B block size, P par
 from torch import Tensor
 
 from lfm.kernels.forward_batch import ForwardBatch
-from lfm.kernels.paged_tiles import LOG2_E, load_kv, row_parts, softmax_step
+from lfm.kernels.paged_tiles import LOG2_E, key_offsets, row_parts, softmax_step
 from lfm.kernels.triton_guard import TensorDescriptor, has_dependent_launch, tl, triton
 
 PREFIX_PARTS = 4
@@ -34,7 +34,7 @@ def _prefix_kernel(
     if first_row < 0:
         return
     shared = tl.load(shared_S + first_row).to(tl.int32) * B
-    size, in_use = row_parts(shared, PARTS, TILE)
+    size, in_use = row_parts(shared, PARTS, 1, TILE)
     if split >= in_use:
         return
     begin, end = split * size, tl.minimum(split * size + size, shared)
@@ -53,11 +53,19 @@ def _prefix_kernel(
     total = tl.zeros([X * PADDED], tl.float32)
     acc = tl.zeros([X * PADDED, K], tl.float32)
     for n in range(begin, end, TILE):
-        # Blocks that hold a whole number of tiles end with one.
-        k, v = load_kv(k_NGBK, v_NGBK, table, block, n, end, g, G, K, B, TILE, COPIES, B % TILE != 0)
+        if COPIES:
+            k = k_NGBK.load([(block.to(tl.int32) * G + g) * B + n % B, 0]).T
+            v = v_NGBK.load([(block.to(tl.int32) * G + g) * B + n % B, 0])
+        else:
+            offsets = key_offsets(table, block, n, end, g, G, K, B, TILE)
+            k = tl.load(k_NGBK + offsets[None, :] + dims[:, None])
+            v = tl.load(v_NGBK + offsets[:, None] + dims[None, :])
         block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
-        is_key = (n + keys < end)[None, :]
-        acc, largest, total = softmax_step(q, k, v, is_key, acc, largest, total, scale, B % TILE != 0)
+        s = tl.dot(q, k)
+        if B % TILE != 0:  # else every tile is whole; past the end there are copies of the last key
+            s = tl.where((n + keys < end)[None, :], s, float("-inf"))
+        p, shrink, largest, total = softmax_step(s, largest, total, scale)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
     part = (row * all_parts + split) * (G * GROUP) + head
     tl.store(part_SPHK + part[:, None] * K + dims[None, :], acc / total[:, None], mask=is_real[:, None])
     tl.store(sum_SPH + part, largest + tl.log2(total), mask=is_real)

@@ -63,10 +63,13 @@ else:
         )
         torch.testing.assert_close(got, expected)
 
-    @pytest.mark.parametrize("parts", [1, 2, 3, 16])
-    @pytest.mark.parametrize("tile", [16, 64])
-    def test_the_number_of_parts_changes_nothing(parts: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(paged_decode, "tiling_of", lambda *_: paged_decode.Tiling(tile, 4, 2, parts))
+    @pytest.mark.parametrize(
+        ("tile", "parts", "min_tiles"), [(16, 1, 1), (16, 3, 1), (16, 16, 1), (64, 2, 1), (16, 4, 4)]
+    )
+    def test_the_number_of_parts_changes_nothing(
+        tile: int, parts: int, min_tiles: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(paged_decode, "tiling_of", lambda *_: paged_decode.Tiling(tile, 4, 2, parts, min_tiles))
         tables, num_blocks = tables_for([150, 16, 33], 16)
         chunks = [(149, 150, tables[0]), (15, 16, tables[1]), (32, 33, tables[2])]
         got, expected = attended(chunks, 16, heads=4, groups=2, head_dim=32, num_blocks=num_blocks)

@@ -4,9 +4,14 @@ SearchError
 +-- IndexFileError     exit 2: the index's files are corrupt, of a newer version, or no index at all
 +-- IndexBusyError     exit 3: another process writes to the index, or it is being rebuilt; try again
 +-- ExtractionError    exit 2: no text could be taken from a document
++-- FetchError         exit 1: a page was refused or could not be had
 """
 
+from typing import Literal
+
 from lfm.errors import LfmError
+
+FetchReason = Literal["refused", "unreachable", "timeout", "status", "too_large", "content_type", "unreadable"]
 
 
 class SearchError(LfmError):
@@ -29,3 +34,11 @@ class ExtractionError(SearchError):
     """No text could be taken from a document: it is damaged, encrypted, hostile, or needs a package that is missing."""
 
     exit_code = 2
+
+
+class FetchError(SearchError):
+    """A page that was refused or could not be had. `reason` is for programs, the message for readers."""
+
+    def __init__(self, reason: FetchReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

@@ -128,6 +128,7 @@ def from_http_exception(error: HTTPException, path: str) -> RequestError:
         allowed = (error.headers or {}).get("Allow", "")
         return MethodNotAllowedError(f"{shown} does not take this method. Allowed: {allowed}.", allowed=allowed)
     return NotFoundError(
-        f"The path {shown} does not exist here. Try POST /v1/chat/completions, POST /v1/completions or GET /v1/models.",
+        f"The path {shown} does not exist here. Try POST /v1/chat/completions or GET /v1/models; "
+        "GET /openapi.json lists every path.",
         code="path_not_found",
     )

@@ -30,7 +30,7 @@ class Render(Generic[R]):
         plan = await plan_request(family, body.value, call=call)
         firsts = plan.engine_requests[:: plan.num_choices]
         check_requests(firsts, plan.request, prompt_field=family.prompt_field, state=state)
-        sampling = msgspec.to_builtins(firsts[0].sampling, str_keys=True) | {"seed": plan.request.seed}
+        sampling = {**msgspec.structs.asdict(firsts[0].sampling), "seed": plan.request.seed}
         answer = {
             "object": "rendered_prompt",
             "model": state.model_name,
@@ -43,7 +43,7 @@ class Render(Generic[R]):
                 }
                 for request in firsts
             ],
-            "sampling": sampling,
+            "sampling": msgspec.to_builtins(sampling, str_keys=True),
             "stop": list(plan.request.stop_strings),
             "warnings": as_warnings(family.rules.warnings(body.value) + plan.prepared.warnings),
         }

@@ -37,6 +37,7 @@ def test_the_prompts_are_those_that_the_engine_gets(client: AppClient, path: str
     assert answer["sampling"]["seed"] == 5
     assert answer["sampling"]["logit_bias"] == {"20": 1.0}
     assert answer["sampling"]["max_tokens"] == sampling.max_tokens
+    assert set(answer["sampling"]) == set(sampling.__struct_fields__)
 
 
 def test_a_chat_prompt_is_shown_with_its_control_tokens(client: AppClient) -> None:

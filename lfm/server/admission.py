@@ -72,9 +72,11 @@ def shown_prompt(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 
 def make_requests(
-    request: SamplingRequest, prompts: Sequence[list[int]], *, request_id: str, state: AppState
+    request: SamplingRequest, prompts: Sequence[list[int]], *, request_id: str, tenant: str, state: AppState
 ) -> list[EngineRequest]:
     """One engine request per choice: the n choices of the first prompt, then those of the second, and so on.
+
+    `tenant` salts the prefix cache: what one key's requests computed, no other key's requests find.
 
     Raises RequestError for values that no engine could take; all other bounds are the engine's.
     """
@@ -97,7 +99,12 @@ def make_requests(
             stop_token_ids=stop_token_ids,
         )
         engine_requests += requests_for(
-            prompt_ids, request_id=request_id, sampling=sampling, n=n, first_choice=len(engine_requests)
+            prompt_ids,
+            request_id=request_id,
+            sampling=sampling,
+            n=n,
+            first_choice=len(engine_requests),
+            tenant=tenant,
         )
     return engine_requests
 

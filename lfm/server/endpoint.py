@@ -83,7 +83,9 @@ async def plan_request(family: Family[R], body: dict[str, object], *, call: Call
         request_id=request_id,
         prepared=prepared,
         stop=stop,
-        engine_requests=make_requests(request, prepared.prompts, request_id=request_id, state=call.state),
+        engine_requests=make_requests(
+            request, prepared.prompts, request_id=request_id, tenant=call.owner, state=call.state
+        ),
     )
 
 

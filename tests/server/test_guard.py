@@ -155,3 +155,16 @@ def test_headers_of_more_than_32_kib_are_431() -> None:
 def test_no_cross_origin_access_is_granted() -> None:
     response = AppClient().get("/v1/models", headers={"Origin": "http://localhost:3000"})
     assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+def test_the_key_salts_the_prefix_cache_and_never_travels_itself(keyed: AppClient) -> None:
+    """Sequences of one key share blocks with each other and with nobody else's."""
+    for _ in range(2):
+        assert keyed.post(CHAT_PATH, chat_body(), headers=WITH_KEY).status_code == 200
+    other = AppClient(config=ServerConfig(api_key="another"))
+    other.post(CHAT_PATH, chat_body(), headers={"Authorization": "Bearer another"})
+    first, second = (request.tenant for request in keyed.backend.requests)
+    (third,) = (request.tenant for request in other.backend.requests)
+    assert first == second != third
+    assert first
+    assert KEY not in first

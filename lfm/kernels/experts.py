@@ -2,26 +2,29 @@
 
     h[t] + sum_a w[t, a] * down[e] (silu(gate[e] x[t]) * (up[e] x[t])),   e = chosen[t, a]
 
-Rounding point: the expert's output, before its weight. Sums over experts are kept in fp32.
+Rounding point: the expert's output, before its weight. Sums over experts are kept in fp32. The kernels put the weight
+on the down product's input instead, which is rounded there anyway.
+An id of E or more is no expert: nothing is computed for it, and a token without experts keeps its h.
 Legend: T tokens, D hidden, E experts, A experts per token, F expert width, P = T * A pairs sorted by expert.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from lfm.kernels.moe_grouped import experts_grouped
+from lfm.kernels.moe_small import MAX_TOKENS, experts_small
 from lfm.kernels.norm import widen
+from lfm.kernels.triton_guard import runs_triton
 
 
 def _sort_by_expert(chosen_TA: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Order of the (token, choice) pairs by expert [P], and where each expert's pairs end [E]."""
     flat_P = chosen_TA.flatten()
     order_P = flat_P.argsort(stable=True)
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=flat_P.device)
-    counts_E.scatter_add_(0, flat_P, torch.ones_like(flat_P))
-    return order_P, counts_E.cumsum(0)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat_P.device)
+    counts.scatter_add_(0, flat_P, torch.ones_like(flat_P))
+    return order_P, counts[:num_experts].cumsum(0)
 
 
 def _combine(h_TD: Tensor, out_PD: Tensor, order_P: Tensor, weights_TA: Tensor) -> Tensor:
@@ -45,29 +48,25 @@ def experts_ref(
             gate, up = linear(x_PD[begin:end], gate_up_E2FD[expert]).chunk(2, dim=-1)
             outputs.append(linear(silu(gate) * up, down_EDF[expert]))
         begin = end
+    outputs.append(torch.zeros_like(x_PD[begin:]))  # pairs without an expert come last
     return _combine(h_TD, torch.cat(outputs), order_P, weights_TA)
 
 
-def _grouped_mm() -> Any:
-    """torch's grouped GEMM under its public name (torch 2.10 and later) or the older private one."""
-    return getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-
-
 def has_grouped_mm(x: Tensor) -> bool:
-    """Whether the libraries' grouped GEMM runs on this tensor: bf16 on an NVIDIA GPU of capability 8.0 or later."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and _grouped_mm() is not None
+    """Whether torch's grouped product runs on this tensor: bf16 on an NVIDIA GPU of capability 8.0 or later."""
+    return x.is_cuda and x.dtype == torch.bfloat16
 
 
 def experts(
     h_TD: Tensor, x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
 ) -> Tensor:
-    """As `experts_ref`, as two grouped GEMMs without a host synchronisation where the libraries offer them."""
-    if not has_grouped_mm(x_TD):
+    """As `experts_ref`, in kernels that never ask the host; which of them is decided by the number of tokens alone."""
+    num_tokens = x_TD.shape[0]
+    _, hidden, width = down_EDF.shape
+    is_fast = runs_triton(x_TD) and num_tokens > 0 and hidden % 64 == 0 and width % 64 == 0
+    if not (is_fast and gate_up_E2FD.is_contiguous() and down_EDF.is_contiguous()):
         return experts_ref(h_TD, x_TD, chosen_TA, weights_TA, gate_up_E2FD, down_EDF)
-    order_P, ends_E = _sort_by_expert(chosen_TA, gate_up_E2FD.shape[0])
-    offsets_E = ends_E.to(torch.int32)
-    grouped_mm = _grouped_mm()
-    x_PD = x_TD[order_P // chosen_TA.shape[1]]
-    gate_PF, up_PF = grouped_mm(x_PD, gate_up_E2FD.transpose(1, 2), offs=offsets_E).chunk(2, dim=-1)
-    out_PD = grouped_mm(silu(gate_PF) * up_PF, down_EDF.transpose(1, 2), offs=offsets_E)
-    return _combine(h_TD, out_PD, order_P, weights_TA)
+    run = experts_small if num_tokens <= MAX_TOKENS else experts_grouped
+    return run(
+        h_TD.contiguous(), x_TD.contiguous(), chosen_TA.contiguous(), weights_TA.contiguous(), gate_up_E2FD, down_EDF
+    )

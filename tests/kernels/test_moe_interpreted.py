@@ -1,0 +1,83 @@
+"""The kernels of the router and the experts on a CPU, in fp32, against the references."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lfm.kernels.experts import experts_ref
+from lfm.kernels.moe_grouped import HOPPER_TILES, OTHER_TILES, experts_grouped
+from lfm.kernels.moe_small import experts_small
+from lfm.kernels.route_topk import MAX_FEW_TOKENS, route_fast
+from lfm.kernels.router import route_ref
+from lfm.kernels.weights import Norm, Router
+from tests.kernels.interpreted import IS_INTERPRETED, run_interpreted
+from tests.kernels.moe import Sizes, make_layer
+
+if not IS_INTERPRETED:
+
+    def test_under_the_interpreter() -> None:
+        run_interpreted(__file__)
+
+else:
+    SMALL = Sizes(hidden=128, experts=6, width=192, chosen=3)
+
+    @pytest.mark.parametrize("num_tokens", [1, 4])
+    @pytest.mark.parametrize("sizes", [SMALL, Sizes(hidden=256, experts=3, width=64, chosen=2)])
+    def test_pairs_one_by_one(num_tokens: int, sizes: Sizes) -> None:
+        layer = make_layer(num_tokens, sizes, dtype=torch.float32)
+        torch.testing.assert_close(experts_small(*layer), experts_ref(*layer))
+
+    @pytest.mark.parametrize("num_tokens", [5, 33, 70])
+    @pytest.mark.parametrize("popular", [None, 3])
+    def test_pairs_by_expert(num_tokens: int, popular: int | None) -> None:
+        """`popular`: half of the experts have no pair, the others have more than one tile."""
+        layer = make_layer(num_tokens, SMALL, dtype=torch.float32, popular=popular)
+        torch.testing.assert_close(experts_grouped(*layer), experts_ref(*layer))
+
+    @pytest.mark.parametrize("tiles", [*HOPPER_TILES, *OTHER_TILES])
+    def test_every_tile(tiles: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lfm.kernels.moe_grouped.OTHER_TILES", (tiles._replace(tokens=1 << 62),))  # type: ignore[attr-defined]
+        layer = make_layer(27, Sizes(hidden=128, experts=4, width=128, chosen=2), dtype=torch.float32)
+        torch.testing.assert_close(experts_grouped(*layer), experts_ref(*layer))
+
+    @pytest.mark.parametrize("run", [experts_small, experts_grouped])
+    def test_padding_loads_no_expert_and_keeps_its_h(run: object) -> None:
+        layer = make_layer(4, SMALL, dtype=torch.float32, padding=2, popular=4)
+        layer.gate_up[4:] = layer.down[4:] = float("nan")
+        got = run(*layer)  # type: ignore[operator]
+        torch.testing.assert_close(got, experts_ref(*layer))
+        assert torch.equal(got[2:], layer.h[2:])
+
+    def test_only_padding() -> None:
+        layer = make_layer(20, SMALL, dtype=torch.float32, padding=20)
+        assert torch.equal(experts_grouped(*layer), layer.h)
+
+    def routed(num_tokens: int, *, bias: bool, normalise: bool, padding: bool) -> tuple[tuple[Tensor, ...], ...]:
+        """Fast and reference outputs; 6 experts, so that the tiles have rows to spare."""
+        draw = torch.Generator().manual_seed(num_tokens)
+        h = torch.randn(num_tokens, 128, generator=draw)
+        norm = Norm(torch.rand(128, generator=draw) + 0.5, 1e-5)
+        gate = torch.randn(6, 128, generator=draw) * 0.1
+        bias_E = torch.randn(6, generator=draw) if bias else None
+        router = Router(gate, bias_E, 3, normalise, 2.5)
+        is_real = torch.randint(0, 2, (num_tokens,), generator=draw) if padding else None
+        return route_fast(h, norm, router, is_real), route_ref(h, norm, router, is_real)
+
+    @pytest.mark.parametrize("num_tokens", [1, 3, MAX_FEW_TOKENS, MAX_FEW_TOKENS + 1, 70])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_router(num_tokens: int, bias: bool) -> None:
+        fast, reference = routed(num_tokens, bias=bias, normalise=bias, padding=bias)
+        for got, expected in zip(fast, reference, strict=True):
+            torch.testing.assert_close(got, expected)
+
+    @pytest.mark.parametrize("num_tokens", [2, MAX_FEW_TOKENS + 2])
+    def test_equal_scores_go_to_the_lower_id_and_nan_to_no_expert(num_tokens: int) -> None:
+        h = torch.ones(num_tokens, 64)
+        h[-1, 5] = float("nan")
+        gate = torch.zeros(6, 64)
+        gate[4] = 1.0
+        router = Router(gate, None, 3, True, 1.0)
+        _, chosen, weights = route_fast(h, Norm(torch.ones(64), 1e-5), router)
+        assert chosen[:-1].tolist() == [[4, 0, 1]] * (num_tokens - 1)
+        assert chosen[-1].tolist() == [6, 6, 6]
+        torch.testing.assert_close(weights[:-1].sum(1), torch.ones(num_tokens - 1))

@@ -5,12 +5,14 @@ SearchError
 +-- IndexBusyError     exit 3: another process writes to the index, or it is being rebuilt; try again
 +-- ExtractionError    exit 2: no text could be taken from a document
 +-- FetchError         exit 1: a page was refused or could not be had
++-- ProviderError      exit 1: a search provider did not answer, or not with results
 """
 
 from typing import Literal
 
 from lfm.errors import LfmError
 
+ProviderReason = Literal["forbidden", "rate_limited", "timeout", "unreachable", "malformed", "failed"]
 FetchReason = Literal["refused", "unreachable", "timeout", "status", "too_large", "content_type", "unreadable"]
 
 
@@ -42,3 +44,15 @@ class FetchError(SearchError):
     def __init__(self, reason: FetchReason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class ProviderError(SearchError):
+    """A search provider did not answer, or not with results. `reason` is for programs, the message for readers.
+
+    `retry_after_s` is how long the provider wants to be left alone, if it said so.
+    """
+
+    def __init__(self, reason: ProviderReason, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_s = retry_after_s

@@ -1,0 +1,84 @@
+"""What an operator may choose about search, and the chain of providers that it makes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+
+from lfm.errors import UsageError
+from lfm.search.chain import Link, SearchChain
+from lfm.search.local_index import LocalIndex
+from lfm.search.providers.brave import Brave
+from lfm.search.providers.exa import Exa
+from lfm.search.providers.local import Local
+from lfm.search.providers.provider import Provider
+from lfm.search.providers.searxng import SearXng
+from lfm.search.providers.tavily import Tavily
+from lfm.search.rate_limit import RateLimit
+
+# Requests per second that the smallest plan of each allows.
+RATES_PER_S: Mapping[str, float] = {"brave": 1.0, "tavily": 1.5, "exa": 5.0}
+_NEEDS = {
+    "searxng": "searxng_url",
+    "brave": "brave_api_key",
+    "tavily": "tavily_api_key",
+    "exa": "exa_api_key",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchConfig:
+    """Providers in order of preference, and what each needs. Keys are masked in `repr`.
+
+    `rates_per_s` replaces the rates of RATES_PER_S, by provider. Raises UsageError for a provider that is not known or
+    lacks its key or address.
+    """
+
+    providers: tuple[str, ...] = ("local",)
+    searxng_url: str | None = None
+    brave_api_key: str | None = None
+    tavily_api_key: str | None = None
+    exa_api_key: str | None = None
+    rates_per_s: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.providers:
+            if name != "local" and name not in _NEEDS:
+                known = ", ".join(("local", *_NEEDS))
+                raise UsageError(f"The search provider {name!r} is not known. Allowed: {known}.")
+            if name in _NEEDS and not getattr(self, _NEEDS[name]):
+                raise UsageError(f"The search provider {name} needs {_NEEDS[name]}. Set LFM_{_NEEDS[name].upper()}.")
+        if len(set(self.providers)) < len(self.providers):
+            raise UsageError(f"A search provider is named twice in {', '.join(self.providers)}. Name each once.")
+        for name, rate in self.rates_per_s.items():
+            if rate <= 0:
+                raise UsageError(f"The rate of {name}, {rate:g} requests a second, must be above 0.")
+
+    def __repr__(self) -> str:
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        shown = ((name, "***" if name.endswith("_key") and value else value) for name, value in values)
+        return f"SearchConfig({', '.join(f'{name}={value!r}' for name, value in shown)})"
+
+
+def open_chain(config: SearchConfig, *, index: LocalIndex | None = None) -> SearchChain:
+    """The chain of the configured providers. `index` serves `local` and stays the caller's.
+
+    Raises UsageError where `local` is configured and there is no index.
+    """
+    makers: dict[str, Callable[[], Provider]] = {
+        "searxng": lambda: SearXng(base_url=config.searxng_url or ""),
+        "brave": lambda: Brave(api_key=config.brave_api_key or ""),
+        "tavily": lambda: Tavily(api_key=config.tavily_api_key or ""),
+        "exa": lambda: Exa(api_key=config.exa_api_key or ""),
+        "local": lambda: Local(_given(index)),
+    }
+    return SearchChain([_link(makers[name](), config) for name in config.providers])
+
+
+def _given(index: LocalIndex | None) -> LocalIndex:
+    if index is None:
+        raise UsageError("The search provider local needs an index. Make one with: lfm index add PATH...")
+    return index
+
+
+def _link(provider: Provider, config: SearchConfig) -> Link:
+    per_s = config.rates_per_s.get(provider.name, RATES_PER_S.get(provider.name))
+    return Link(provider=provider, rate_limit=None if per_s is None else RateLimit(per_s, burst=max(1, round(per_s))))

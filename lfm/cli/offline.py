@@ -185,8 +185,8 @@ def _mean_experts_hit(llm: LLM, requests: list[EngineRequest]) -> float | None:
     runner, counts = llm.engine.runner, list[int]()
     ops = runner.ops
 
-    def route(h_TD: Tensor, norm: Norm, router: Router) -> tuple[Tensor, Tensor, Tensor]:
-        x_TD, chosen_TA, weights_TA = ops.route(h_TD, norm, router)
+    def route(h_TD: Tensor, norm: Norm, router: Router, is_real_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        x_TD, chosen_TA, weights_TA = ops.route(h_TD, norm, router, is_real_T)
         if len(h_TD) <= len(requests):  # a step with a chunk of a prompt has more tokens than there are sequences
             counts.append(len(set(chosen_TA.flatten().tolist())))
         return x_TD, chosen_TA, weights_TA

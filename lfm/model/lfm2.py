@@ -138,9 +138,7 @@ class MoeFeedForward(nn.Module):
             normalise=config.norm_topk_prob,
             scale=config.routed_scaling_factor,
         )
-        x_TD, chosen_TA, weights_TA = ops.route(h_TD, norm, router)
-        if batch.is_real_T is not None:  # padding would load experts of its own
-            chosen_TA = torch.where(batch.is_real_T[:, None] > 0, chosen_TA, config.num_experts)
+        x_TD, chosen_TA, weights_TA = ops.route(h_TD, norm, router, batch.is_real_T)
         return ops.experts(h_TD, x_TD, chosen_TA, weights_TA, self.experts.gate_up_proj, self.experts.down_proj)
 
 

@@ -23,7 +23,7 @@ from lfm.kernels.norm import (
     rms_norm,
     rms_norm_ref,
 )
-from lfm.kernels.router import route_ref
+from lfm.kernels.router import route, route_ref
 from lfm.kernels.short_conv import conv_in, conv_in_packed, conv_in_ref
 from lfm.kernels.weights import Linear, Norm, Rope, Router
 
@@ -39,7 +39,7 @@ class Ops:
     attend: Callable[[Tensor, Tensor, Tensor, ForwardBatch, Tensor, Tensor], Tensor]
     project_add: Callable[[Tensor, Tensor, Linear], Tensor] = project_add_ref
     dense: Callable[[Tensor, Norm, Tensor, Tensor], Tensor] = dense_ref
-    route: Callable[[Tensor, Norm, Router], tuple[Tensor, Tensor, Tensor]] = route_ref
+    route: Callable[[Tensor, Norm, Router, Tensor | None], tuple[Tensor, Tensor, Tensor]] = route_ref
     experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = experts_ref
     norm: Callable[[Tensor, Norm], Tensor] = rms_norm_ref
     head: Callable[[Tensor, Linear], Tensor] = project_ref
@@ -54,6 +54,7 @@ FAST = Ops(
     attend=attend,
     project_add=project_add,
     dense=dense,
+    route=route,
     experts=experts,
     norm=rms_norm,
     head=project,

@@ -50,9 +50,11 @@ class RouteRecorder:
         assert len(losses) == self._num_layers, f"{len(losses)} of {self._num_layers} routers were seen"
         return torch.stack(losses).sum() if losses else None
 
-    def route(self, h_TD: Tensor, norm: Norm, router: Router) -> tuple[Tensor, Tensor, Tensor]:
+    def route(
+        self, h_TD: Tensor, norm: Norm, router: Router, is_real_T: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As `route_ref`, whose maths it is."""
-        x_TD, chosen_TA, weights_TA = route_ref(h_TD, norm, router)
+        x_TD, chosen_TA, weights_TA = route_ref(h_TD, norm, router, is_real_T)
         # The logits a second time: T x E numbers, against which one definition of the router is worth more.
         z_loss = widen(linear(x_TD, router.gate)).logsumexp(-1).square().mean()
         if self._is_recording:

@@ -2,28 +2,29 @@
 
     o = softmax(q k^T / sqrt(K)) v  over the keys of the row's blocks, its own position last
 
-Program (part, kv head, row): the group's q heads, padded to 16, against one part of the keys, a tile at a time. A
+Program (kv head, row, part): the group's q heads, padded to 16, against one part of the keys, a tile at a time. A
 second launch merges the parts by their logarithmic sums, in order, so that a row's result depends on nothing but the
 row. How many parts there may be follows from shapes alone; a row uses as many as its length fills, and a program
 without keys ends at once. Bytes: 4 K G of K and V per key, once: 2 KB at the 24B's shapes.
 
-Where rows share leading blocks, `lfm.kernels.shared_prefix` makes the first parts, and the programs here begin behind.
+Where rows share leading blocks, the programs begin behind those; the first part of a row takes in what
+`lfm.kernels.shared_prefix` left for it.
 
 Legend: T tokens, S rows, H q heads, G kv heads, K head dim, N blocks of a row, B block size, P parts.
 """
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from lfm.kernels.forward_batch import ForwardBatch
 from lfm.kernels.paged_tiles import LOG2_E, key_offsets, row_parts, softmax_step
-from lfm.kernels.shared_prefix import PREFIX_PARTS, PREFIX_TILE, attend_prefix
+from lfm.kernels.shared_prefix import PREFIX_PARTS, PREFIX_TILE, attend_prefix, new_parts
 from lfm.kernels.triton_guard import has_dependent_launch, tl, triton
 
 GROUP_ROWS = 16  # rows of the smallest matrix product; more q heads per kv head are the reference's
-MAX_PARTS = 16
+MAX_PARTS = 32
+FEW_ROWS = 16  # up to here parts are merged by a program per q head, and beyond by one per kv head
 
 
 class Tiling(NamedTuple):
@@ -40,36 +41,58 @@ class Tiling(NamedTuple):
 def tiling_of(num_rows: int, num_groups: int) -> Tiling:
     """Measured on an H200 with contexts of 128 to 30,000. Some 500 programs fill it; more parts only cost.
 
-    Parts of 2,048 keys and more are for a long row among short ones: without them 128 rows, one of 30,000 keys and 127
-    of 1,024, take 406 us instead of 148.
+    Parts of 1,024 or 2,048 keys and more are for a long row among short ones: without them 128 rows, one of 30,000 keys
+    and 127 of 1,024, take 389 us instead of 156. From 2,048 programs on the others hide it.
     """
     programs = triton.next_power_of_2(num_rows * num_groups)
+    if programs <= 16:
+        return Tiling(128, 4, 2, MAX_PARTS, 1)
     if programs <= 128:
         return Tiling(64, 4, 4, min(MAX_PARTS, 512 // programs), 1)
-    if programs <= 256:
-        return Tiling(64, 4, 4, 4, 16)
-    return Tiling(128, 4, 2, 4 if programs <= 2048 else 2 if programs <= 4096 else 1, 16)
+    if programs <= 2048:
+        return Tiling(64, 4, 4, 4, 16 if programs <= 256 else 32)
+    return Tiling(64, 4, 4, 1, 1)
+
+
+@triton.jit
+def _take_in_prefix(
+    prefix_SPHK, prefix_sum_SPH, row, head, is_head, dims, in_use, acc, largest, total,
+    H: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The sums of a row's keys together with the first `in_use` parts of its prefix."""
+    for part in tl.static_range(PARTS):
+        at = (row * PARTS + part) * H + head
+        is_read = is_head & (part < in_use)
+        part_sum = tl.load(prefix_sum_SPH + at, mask=is_read, other=float("-inf"))
+        values = tl.load(prefix_SPHK + at[:, None] * K + dims[None, :], mask=is_read[:, None], other=0.0)
+        new_largest = tl.maximum(largest, part_sum)
+        shrink, weight = tl.exp2(largest - new_largest), tl.exp2(part_sum - new_largest)
+        acc = acc * shrink[:, None] + values * weight[:, None]
+        total = total * shrink + weight
+        largest = new_largest
+    return acc, largest, total
 
 
 @triton.jit(do_not_specialize=["table_stride", "parts", "min_tiles"])
 def _decode_kernel(
-    q_THK, k_NGBK, v_NGBK, tables_SN, starts_S, row_starts_S1, shared_S, o_THK, part_SPHK, sum_SPH,
-    q_stride, table_stride, parts, min_tiles, scale,
+    q_THK, k_NGBK, v_NGBK, tables_SN, starts_S, row_starts_S1, o_THK, part_SPHK, sum_SPH,
+    shared_S, prefix_SPHK, prefix_sum_SPH, q_stride, table_stride, parts, min_tiles, scale,
     G: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, K: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr,
-    FIRST_PART: tl.constexpr, IS_MIXED: tl.constexpr, PDL: tl.constexpr,
+    PREFIX_PARTS: tl.constexpr, PREFIX_TILE: tl.constexpr, IS_MIXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q [T, H, K] against K and V [blocks, G, B, K] -> o [T, H, K], or a part of it in fp32 and its log2 sum.
 
-    IS_MIXED: rows of other than one token are left out. FIRST_PART > 0: the first `shared_S` blocks are left out.
+    IS_MIXED: rows of other than one token are left out. PREFIX_PARTS > 0: the first `shared_S` blocks come in parts.
+    Parts are the slowest axis: programs without keys come last, and those with keys spread over the whole GPU.
     """
-    split, g, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    g, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     token, is_single = row, True
     if IS_MIXED:
         token = tl.load(row_starts_S1 + row)
         is_single = tl.load(row_starts_S1 + row + 1) - token == 1
     end = tl.load(starts_S + row).to(tl.int32) + 1
     shared = 0
-    if FIRST_PART > 0:
+    if PREFIX_PARTS > 0:
         shared = tl.load(shared_S + row).to(tl.int32) * B
     size, in_use = row_parts(end - shared, parts, min_tiles, TILE)
     begin = shared + split * size
@@ -91,17 +114,25 @@ def _decode_kernel(
     for n in range(begin, end, TILE):
         offsets, is_key = key_offsets(table, block, n, end, g, G, K, B, TILE), n + keys < end
         block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
-        s = tl.dot(q, tl.load(k_NGBK + offsets[None, :] + dims[:, None]))
+        k = tl.load(k_NGBK + offsets[None, :] + dims[:, None], mask=is_key[None, :], other=0.0)
+        s = tl.dot(q, k)
         s = tl.where(is_key[None, :], s, float("-inf"))
         p, shrink, largest, total = softmax_step(s, largest, total, scale)
         v = tl.load(v_NGBK + offsets[:, None] + dims[None, :], mask=is_key[:, None], other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
+    if PREFIX_PARTS > 0:
+        _, in_prefix = row_parts(shared, PREFIX_PARTS, 1, PREFIX_TILE)
+        in_prefix = tl.where(split == 0, in_prefix, 0)
+        acc, largest, total = _take_in_prefix(
+            prefix_SPHK, prefix_sum_SPH, row, head, rows < GROUP, dims, in_prefix, acc, largest, total,
+            G * GROUP, K, PREFIX_PARTS,
+        )  # fmt: skip
     acc = acc / total[:, None]
-    if (in_use == 1) & (shared == 0):
+    if in_use == 1:
         to = o_THK + (token * (G * GROUP) + head[:, None]) * K + dims[None, :]
         tl.store(to, acc.to(o_THK.dtype.element_ty), mask=is_head)
     else:
-        part = (row * (FIRST_PART + parts) + FIRST_PART + split) * (G * GROUP) + head
+        part = (row * parts + split) * (G * GROUP) + head
         tl.store(part_SPHK + part[:, None] * K + dims[None, :], acc, mask=is_head)
         tl.store(sum_SPH + part, largest + tl.log2(total), mask=rows < GROUP)
 
@@ -109,36 +140,34 @@ def _decode_kernel(
 @triton.jit(do_not_specialize=["parts", "min_tiles"])
 def _merge_kernel(
     part_SPHK, sum_SPH, starts_S, row_starts_S1, shared_S, o_THK, parts, min_tiles,
-    H: tl.constexpr, K: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, SHARED_TILE: tl.constexpr,
-    FIRST_PART: tl.constexpr, P: tl.constexpr, IS_MIXED: tl.constexpr, PDL: tl.constexpr,
+    H: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr,
+    P: tl.constexpr, HAS_PREFIX: tl.constexpr, IS_MIXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """o of (head, row) from its parts: sum_p 2^sum_p part_p / sum_p 2^sum_p. A row of a single part is in o already."""
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """o of (HEADS heads, row): sum_p 2^sum_p part_p / sum_p 2^sum_p. A row of a single part is in o already."""
+    row = tl.program_id(1).to(tl.int64)
+    num_keys = tl.load(starts_S + row).to(tl.int32) + 1
+    if HAS_PREFIX:
+        num_keys -= tl.load(shared_S + row).to(tl.int32) * B
+    _, in_use = row_parts(num_keys, parts, min_tiles, TILE)
+    token, is_single = row, True
+    if IS_MIXED:
+        token = tl.load(row_starts_S1 + row)
+        is_single = tl.load(row_starts_S1 + row + 1) - token == 1
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    token = row
-    if IS_MIXED:
-        token = tl.load(row_starts_S1 + row)
-        if tl.load(row_starts_S1 + row + 1) - token != 1:
-            return
-    num_keys = tl.load(starts_S + row).to(tl.int32) + 1
-    shared_in_use = 0
-    if FIRST_PART > 0:
-        shared = tl.load(shared_S + row).to(tl.int32) * B
-        _, shared_in_use = row_parts(shared, FIRST_PART, 1, SHARED_TILE)
-        num_keys -= shared
-    _, in_use = row_parts(num_keys, parts, min_tiles, TILE)
-    if in_use + shared_in_use == 1:
+    if not is_single or in_use == 1:
         return
     part, dims = tl.arange(0, P), tl.arange(0, K)
-    is_used = (part < shared_in_use) | ((part >= FIRST_PART) & (part < FIRST_PART + in_use))
-    at = (row * (FIRST_PART + parts) + part) * H + head
-    weights = tl.load(sum_SPH + at, mask=is_used, other=float("-inf"))
-    weights = tl.exp2(weights - tl.max(weights, 0))
-    values = tl.load(part_SPHK + at[:, None] * K + dims[None, :], mask=is_used[:, None], other=0.0)
-    o = tl.sum(values * weights[:, None], 0) / tl.sum(weights, 0)
-    tl.store(o_THK + (token * H + head) * K + dims, o.to(o_THK.dtype.element_ty))
+    is_used = part < in_use
+    for i in tl.static_range(HEADS):
+        head = tl.program_id(0) * HEADS + i
+        at = (row * parts + part) * H + head
+        weights = tl.load(sum_SPH + at, mask=is_used, other=float("-inf"))
+        weights = tl.exp2(weights - tl.max(weights, 0))
+        values = tl.load(part_SPHK + at[:, None] * K + dims[None, :], mask=is_used[:, None], other=0.0)
+        o = tl.sum(values * weights[:, None], 0) / tl.sum(weights, 0)
+        tl.store(o_THK + (token * H + head) * K + dims, o.to(o_THK.dtype.element_ty))
 
 
 def decode_rows(
@@ -148,26 +177,29 @@ def decode_rows(
     num_heads, head_dim = q_THK.shape[1:]
     num_groups, block_size = k_NGBK.shape[1:3]
     num_rows, tables_SN = len(batch.starts_S), batch.block_tables_SN
+    group = num_heads // num_groups
     tiling = tiling_of(num_rows, num_groups)
-    first = 0 if batch.shared is None else PREFIX_PARTS
-    shared_S = batch.starts_S if batch.shared is None else batch.shared.blocks_S
-    num_parts = first + tiling.parts
-    part_SPHK = q_THK.new_empty((num_rows, num_parts, num_heads, head_dim) if num_parts > 1 else 1, dtype=torch.float32)
-    sum_SPH = q_THK.new_empty((num_rows, num_parts, num_heads) if num_parts > 1 else 1, dtype=torch.float32)
-    if batch.shared is not None:
-        attend_prefix(q_THK, batch, k_NGBK, v_NGBK, part_SPHK, sum_SPH, is_mixed=is_mixed)
     is_dependent = has_dependent_launch(q_THK.device)
-    _decode_kernel[(tiling.parts, num_groups, num_rows)](
-        q_THK, k_NGBK, v_NGBK, tables_SN, batch.starts_S, batch.row_starts_S1, shared_S, o_THK, part_SPHK, sum_SPH,
-        q_THK.stride(0), tables_SN.stride(0), tiling.parts, tiling.min_tiles, head_dim**-0.5 * LOG2_E,
-        G=num_groups, GROUP=num_heads // num_groups, M=GROUP_ROWS, K=head_dim, B=block_size, TILE=tiling.tile,
-        FIRST_PART=first, IS_MIXED=is_mixed, PDL=is_dependent,
+    part_SPHK = sum_SPH = prefix_SPHK = prefix_sum_SPH = o_THK
+    if tiling.parts > 1:
+        part_SPHK, sum_SPH = new_parts(q_THK, num_rows, tiling.parts)
+    if batch.shared is not None:
+        prefix_SPHK, prefix_sum_SPH = attend_prefix(q_THK, batch, k_NGBK, v_NGBK, is_mixed=is_mixed)
+    shared_S = batch.starts_S if batch.shared is None else batch.shared.blocks_S
+    _decode_kernel[(num_groups, num_rows, tiling.parts)](
+        q_THK, k_NGBK, v_NGBK, tables_SN, batch.starts_S, batch.row_starts_S1, o_THK, part_SPHK, sum_SPH,
+        shared_S, prefix_SPHK, prefix_sum_SPH, q_THK.stride(0), tables_SN.stride(0), tiling.parts, tiling.min_tiles,
+        head_dim**-0.5 * LOG2_E,
+        G=num_groups, GROUP=group, M=GROUP_ROWS, K=head_dim, B=block_size, TILE=tiling.tile,
+        PREFIX_PARTS=0 if batch.shared is None else PREFIX_PARTS, PREFIX_TILE=PREFIX_TILE,
+        IS_MIXED=is_mixed, PDL=is_dependent,
         num_warps=tiling.warps, num_stages=tiling.stages, launch_pdl=is_dependent,
     )  # fmt: skip
-    if num_parts > 1:
-        _merge_kernel[(num_heads, num_rows)](
+    if tiling.parts > 1:
+        heads = 1 if num_rows <= FEW_ROWS else group
+        _merge_kernel[(num_heads // heads, num_rows)](
             part_SPHK, sum_SPH, batch.starts_S, batch.row_starts_S1, shared_S, o_THK, tiling.parts, tiling.min_tiles,
-            H=num_heads, K=head_dim, B=block_size, TILE=tiling.tile, SHARED_TILE=PREFIX_TILE, FIRST_PART=first,
-            P=triton.next_power_of_2(num_parts), IS_MIXED=is_mixed, PDL=is_dependent,
-            num_warps=1, launch_pdl=is_dependent,
+            H=num_heads, HEADS=heads, K=head_dim, B=block_size, TILE=tiling.tile,
+            P=triton.next_power_of_2(tiling.parts), HAS_PREFIX=batch.shared is not None,
+            IS_MIXED=is_mixed, PDL=is_dependent, num_warps=1, launch_pdl=is_dependent,
         )  # fmt: skip

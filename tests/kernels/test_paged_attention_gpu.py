@@ -166,7 +166,7 @@ def test_a_captured_step_repeats_with_other_rows() -> None:
     all_chunks = [rows_of(each, 128) for each in sizes]
     for index in range(4, 8):
         all_chunks[1][index] = (0, 1, [0])
-    k, v = (normal(200, 8, 128, 64, seed=seed) for seed in (2, 3))
+    k, v = (normal(256, 8, 128, 64, seed=seed) for seed in (2, 3))
     batches = [batch_of(chunks, 128, device="cuda") for chunks in all_chunks]
     tables = [torch.zeros(8, 256, dtype=torch.int64, device="cuda") for _ in batches]
     for table, batch in zip(tables, batches, strict=True):

@@ -123,9 +123,12 @@ else:
         blocks = torch.tensor([3, 3, 0, 3, 0])[: len(chunks)]
         return dataclasses.replace(batch, shared=SharedPrefix(blocks, tiles)), 16
 
-    @pytest.mark.parametrize("num_chunk", [0, 20])
+    @pytest.mark.parametrize(("num_chunk", "parts"), [(0, 1), (0, 3), (20, 2)])
     @pytest.mark.parametrize(("heads", "groups"), [(8, 2), (3, 1)])
-    def test_a_shared_prefix_changes_nothing(num_chunk: int, heads: int, groups: int) -> None:
+    def test_a_shared_prefix_changes_nothing(
+        num_chunk: int, parts: int, heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(paged_decode, "tiling_of", lambda *_: paged_decode.Tiling(16, 4, 2, parts, 1))
         batch, num_blocks = shared_batch(num_chunk)
         k, v = (garbage(num_blocks, groups, 16, 32, dtype=torch.float32) for _ in range(2))
         own = [(48, 50, [0, 0, 0, 4]), (48, 70, [0, 0, 0, 5, 6]), (48, 97, [0, 0, 0, 10, 11, 12, 13])]

@@ -13,6 +13,7 @@ from lfm.errors import UsageError
 from lfm.service.data_folder import data_folder
 
 if TYPE_CHECKING:
+    from lfm.search.embeddings import EmbeddingClient
     from lfm.search.indexing import AddReport
     from lfm.search.local_index import Hit, LocalIndex
 
@@ -25,17 +26,30 @@ IndexFlag = Annotated[
     Path | None,
     options.flag("index", "Folder of the index. Unset: ~/.local/share/lfm/search, or as XDG_DATA_HOME says."),
 ]
+EmbeddingsUrlFlag = Annotated[
+    str | None, options.flag("embeddings_url", "A server with /v1/embeddings: search by meaning as well as by words.")
+]
+EmbeddingsModelFlag = Annotated[str | None, options.flag("embeddings_model", "The model to name to that server.")]
+EmbeddingsKeyFlag = Annotated[str | None, options.flag("embeddings_key", "Its API key, if it wants one.")]
 LimitFlag = Annotated[int, options.flag("limit", "Most passages to show.")]
 
 
 @index.command("add")
-def add(paths: PathsArgument, index_folder: IndexFlag = None, debug: options.DebugFlag = False) -> None:
+def add(
+    paths: PathsArgument,
+    index_folder: IndexFlag = None,
+    embeddings_url: EmbeddingsUrlFlag = None,
+    embeddings_model: EmbeddingsModelFlag = None,
+    embeddings_key: EmbeddingsKeyFlag = None,
+    debug: options.DebugFlag = False,
+) -> None:
     """Add documents: text, Markdown, HTML and PDF. What has not changed since the last time is skipped."""
     from lfm.search.extraction import Extractor
     from lfm.search.indexing import add_paths
 
     line = PhaseLine()
-    with _opened(index_folder, is_new=True) as opened, Extractor() as extractor:
+    embeddings = _embeddings(embeddings_url, embeddings_model, embeddings_key)
+    with _opened(index_folder, is_new=True, embeddings=embeddings) as opened, Extractor() as extractor:
         try:
             report = add_paths(opened, paths, extractor=extractor, on_progress=line)
         finally:
@@ -69,12 +83,16 @@ def search(
     query: Annotated[list[str], typer.Argument(metavar="QUERY...", help="What to look for, in any words.")],
     limit: LimitFlag = 5,
     index_folder: IndexFlag = None,
+    embeddings_url: EmbeddingsUrlFlag = None,
+    embeddings_model: EmbeddingsModelFlag = None,
+    embeddings_key: EmbeddingsKeyFlag = None,
     debug: options.DebugFlag = False,
 ) -> None:
     """Show the passages that match any word of the query, best first."""
     if limit < 1:
         raise UsageError(f"--limit {limit} is out of range. Allowed: 1 or more.")
-    with _opened(index_folder) as opened:
+    embeddings = _embeddings(embeddings_url, embeddings_model, embeddings_key)
+    with _opened(index_folder, embeddings=embeddings) as opened:
         hits = opened.search(" ".join(query), limit=limit)
     for number, hit in enumerate(hits, 1):
         write_text(_shown(number, hit))
@@ -98,15 +116,27 @@ def remove(paths: PathsArgument, index_folder: IndexFlag = None, debug: options.
 
 
 @contextmanager
-def _opened(folder: Path | None, *, is_new: bool = False) -> Iterator["LocalIndex"]:
+def _opened(
+    folder: Path | None, *, is_new: bool = False, embeddings: "EmbeddingClient | None" = None
+) -> Iterator["LocalIndex"]:
     """The index, which must exist already unless `is_new`."""
     from lfm.search.local_index import STORE_FILE, LocalIndex
 
     folder = folder or data_folder() / "search"
     if not is_new and not (folder / STORE_FILE).is_file():
         raise UsageError(f"There is no index in {folder}. Make one with: lfm index add PATH...")
-    with LocalIndex(folder) as opened:
+    with LocalIndex(folder, embeddings=embeddings) as opened:
         yield opened
+
+
+def _embeddings(url: str | None, model: str | None, key: str | None) -> "EmbeddingClient | None":
+    if url is None and model is None:
+        return None
+    if url is None or model is None:
+        raise UsageError("--embeddings-url and --embeddings-model belong together. Give both, or neither.")
+    from lfm.search.embeddings import EmbeddingClient
+
+    return EmbeddingClient(url, model, api_key=key)
 
 
 def _names(paths: Sequence[Path] | None) -> list[str | None]:

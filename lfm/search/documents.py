@@ -10,6 +10,7 @@ from typing import Literal
 
 from lfm.errors import UsageError
 from lfm.search import chunks
+from lfm.search.clean import clean_line
 from lfm.search.errors import ExtractionError
 from lfm.search.extracted import Extracted
 from lfm.search.extraction import Extractor
@@ -93,7 +94,9 @@ def extract_document(document: RawDocument, extractor: Extractor) -> Extracted:
         extracted = Extracted(text=decode_text(document.data), is_markdown=document.kind == "markdown")
     return Extracted(
         text=extracted.text,
-        title=(extracted.title or _first_heading(extracted) or document.path.name)[:_MAX_TITLE_CHARS],
+        title=clean_line(
+            extracted.title or _first_heading(extracted) or document.path.name, max_chars=_MAX_TITLE_CHARS
+        ),
         is_markdown=extracted.is_markdown,
         page_starts=extracted.page_starts,
     )

@@ -6,6 +6,7 @@ SearchError
 +-- ExtractionError    exit 2: no text could be taken from a document
 +-- FetchError         exit 1: a page was refused or could not be had
 +-- ProviderError      exit 1: a search provider did not answer, or not with results
++-- EmbeddingError     exit 3: the embeddings server did not answer, or not with vectors
 """
 
 from typing import Literal
@@ -56,3 +57,9 @@ class ProviderError(SearchError):
         super().__init__(message)
         self.reason = reason
         self.retry_after_s = retry_after_s
+
+
+class EmbeddingError(SearchError):
+    """The embeddings server did not answer, or not with vectors."""
+
+    exit_code = 3

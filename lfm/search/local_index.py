@@ -13,15 +13,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from lfm.errors import MachineError
+from lfm.errors import LfmError, MachineError
 from lfm.search import analyser
 from lfm.search.analyser import query_terms
 from lfm.search.errors import IndexBusyError, IndexFileError
 from lfm.search.fts5_index import Fts5Index
+from lfm.search.ranking import fuse
 from lfm.search.store import Position, Store, StoredChunk
 from lfm.search.text_index import IndexDamaged, ScoredChunk, TextIndex, catch_up
+
+if TYPE_CHECKING:
+    from lfm.search.embeddings import EmbeddingClient
+    from lfm.search.vectors import VectorIndex
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +34,7 @@ STORE_FILE = "documents.sqlite"
 LOCK_FILE = "writer.lock"
 _LOCK_WAIT_S = 600.0  # another process may be building the whole index
 _LOCK_POLL_S = 0.05
+_FUSED = 50  # hits of each kind that are fused
 
 OnChange = Callable[[int], None]
 
@@ -55,10 +61,13 @@ class Hit:
 class LocalIndex:
     """An open index, which several threads may share. Close it, or use `with`."""
 
-    def __init__(self, folder: Path, *, text_index: TextIndex | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, text_index: TextIndex | None = None, embeddings: "EmbeddingClient | None" = None
+    ) -> None:
         """Open the index in `folder`, or make it. Raises IndexFileError, IndexBusyError or MachineError.
 
-        `text_index` None: tantivy where it is installed, else FTS5.
+        `text_index` None: tantivy where it is installed, else FTS5. `embeddings` adds dense vectors, and is closed with
+        the index.
         """
         self._folder = folder
         try:
@@ -67,10 +76,13 @@ class LocalIndex:
             raise MachineError(f"The index folder {folder} cannot be made ({error.strerror}).") from error
         self.store = Store(folder / STORE_FILE)
         self._text = text_index or default_text_index(folder)
+        self._vectors = _open_vectors(folder, embeddings) if embeddings is not None else None
         self._seen: Position | None = None  # the head of the log when the text index was last seen to be there
 
     def close(self) -> None:
         self._text.close()
+        if self._vectors is not None:
+            self._vectors.close()
         self.store.close()
 
     def __enter__(self) -> Self:
@@ -84,28 +96,49 @@ class LocalIndex:
     def search(self, query: str, *, limit: int = 10) -> list[Hit]:
         """The chunks that match any term of `query`, best first. The query is text, whatever it contains.
 
+        With dense vectors, the chunks nearest to it in meaning are found too, and the two rankings fused; if that
+        fails, the words alone decide.
+
         Brings the BM25 index up to date first; while another process does that, the older state is searched. Raises
         IndexBusyError while another one builds it from nothing.
         """
         terms = query_terms(query)
         if not terms:
             return []
-        try:
-            scored = self._search_terms(terms, limit)
-        except IndexDamaged as damage:
-            with self._exclusive(wait_s=0.0):
-                self._rebuild(damage)
-            scored = self._search_terms(terms, limit)
+        scored = self._search_words(terms, limit if self._vectors is None else max(limit, _FUSED))
+        if self._vectors is not None:
+            scored = self._fused(self._vectors, scored, query)[:limit]
         chunks = self.store.chunks([found.chunk_id for found in scored])
         return [Hit(chunks[found.chunk_id], found.score) for found in scored if found.chunk_id in chunks]
 
     def sync(self, *, on_change: OnChange = ignore_change) -> None:
-        """Bring the BM25 index up to date, waiting for another process that does. `on_change`: changes left to do."""
+        """Bring the indexes up to date, waiting for another process that does. `on_change`: how much is left to do.
+
+        Raises EmbeddingError when the words are indexed and some vectors are not.
+        """
         with self._exclusive(wait_s=_LOCK_WAIT_S):
             try:
                 self._follow_log(on_change)
             except IndexDamaged as damage:
                 self._rebuild(damage, on_change)
+        if self._vectors is not None:
+            self._vectors.update(self.store, on_change=on_change)
+
+    def _search_words(self, terms: list[str], limit: int) -> list[ScoredChunk]:
+        try:
+            return self._search_terms(terms, limit)
+        except IndexDamaged as damage:
+            with self._exclusive(wait_s=0.0):
+                self._rebuild(damage)
+            return self._search_terms(terms, limit)
+
+    def _fused(self, vectors: "VectorIndex", scored: list[ScoredChunk], query: str) -> list[ScoredChunk]:
+        try:
+            near = vectors.search(self.store, query, limit=_FUSED)
+        except LfmError as error:
+            logger.warning("searching by words alone: %s", error)
+            return scored
+        return [ScoredChunk(chunk_id, score) for chunk_id, score in fuse([_ids(scored), _ids(near)])]
 
     def _search_terms(self, terms: list[str], limit: int) -> list[ScoredChunk]:
         head = self.store.head()
@@ -161,6 +194,16 @@ class LocalIndex:
             yield
         finally:
             os.close(descriptor)
+
+
+def _open_vectors(folder: Path, embeddings: "EmbeddingClient") -> "VectorIndex":
+    from lfm.search.vectors import VectorIndex  # numpy takes longer to load than most searches last
+
+    return VectorIndex(folder, embeddings)
+
+
+def _ids(scored: list[ScoredChunk]) -> list[int]:
+    return [found.chunk_id for found in scored]
 
 
 def default_text_index(folder: Path) -> TextIndex:

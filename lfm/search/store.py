@@ -9,6 +9,7 @@ can tell whether it belongs to this file's history.
 """
 
 import contextlib
+import hashlib
 import json
 import secrets
 import sqlite3
@@ -27,6 +28,7 @@ APPLICATION_ID = 0x6C666D69  # "lfmi"
 SCHEMA_VERSION = 1
 BUSY_S = 30.0
 _TOKEN_BYTES = 8
+_DIGEST_BYTES = 16
 _MACHINE_CODES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 
 _SCHEMA = """
@@ -37,7 +39,8 @@ CREATE TABLE documents (
 );
 CREATE TABLE chunks (
     id INTEGER PRIMARY KEY AUTOINCREMENT, document_id INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE,
-    start INTEGER NOT NULL, end INTEGER NOT NULL, heading TEXT NOT NULL, page INTEGER, text TEXT NOT NULL
+    start INTEGER NOT NULL, end INTEGER NOT NULL, heading TEXT NOT NULL, page INTEGER, text TEXT NOT NULL,
+    digest BLOB NOT NULL
 );
 CREATE INDEX chunks_of_document ON chunks (document_id);
 CREATE TABLE changes (
@@ -45,7 +48,7 @@ CREATE TABLE changes (
     token BLOB NOT NULL
 );
 CREATE VIEW cited_chunks AS
-    SELECT chunks.id, document_id, path, title, heading, page, start, end, text
+    SELECT chunks.id, document_id, path, title, heading, page, start, end, text, digest
     FROM chunks JOIN documents ON documents.id = document_id;
 """
 
@@ -91,6 +94,7 @@ class StoredChunk:
     start: int
     end: int
     text: str
+    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +164,10 @@ class Store:
         """The chunks of a document in order; none if it does not exist (any more). Their texts join to its text."""
         rows = self._rows("SELECT * FROM cited_chunks WHERE document_id = ? ORDER BY id", (document_id,))
         return [StoredChunk(*row) for row in rows]
+
+    def digests_after(self, chunk_id: int, *, limit: int) -> list[tuple[int, bytes]]:
+        """The next chunks by id, each with the digest of its text."""
+        return self._rows("SELECT id, digest FROM chunks WHERE id > ? ORDER BY id LIMIT ?", (chunk_id, limit))
 
     def write(self, documents: Iterable[NewDocument] = (), *, remove: Iterable[str] = ()) -> None:
         """Remove the documents of some paths, and write others in place of those of the same path: all or nothing."""
@@ -239,9 +247,9 @@ class Store:
         )
         assert cursor.lastrowid is not None
         self._connection.executemany(
-            "INSERT INTO chunks (document_id, start, end, heading, page, text) VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO chunks (document_id, start, end, heading, page, text, digest) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
-                (cursor.lastrowid, chunk.start, chunk.end, chunk.heading, chunk.page, chunk.text)
+                (cursor.lastrowid, chunk.start, chunk.end, chunk.heading, chunk.page, chunk.text, digest(chunk.text))
                 for chunk in document.chunks
             ),
         )
@@ -275,6 +283,11 @@ class Store:
             yield
         except sqlite3.Error as error:
             raise explain(error, self._path) from error
+
+
+def digest(text: str) -> bytes:
+    """Names a text by its content."""
+    return hashlib.sha256(text.encode()).digest()[:_DIGEST_BYTES]
 
 
 def connect(path: Path) -> sqlite3.Connection:

@@ -1,5 +1,6 @@
 """`lfm index` at the terminal: what it prints, and how it ends."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from lfm.cli.app import run
 from tests.search.files import PAGE, pdf, write_files
+from tests.search.web import Answer, Seen, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,6 +101,21 @@ def test_bad_documents_are_named_and_make_the_command_fail(lfm: Lfm, folder: Pat
     assert "4 added" in done.out
 
 
+def test_with_an_embeddings_server_documents_are_found_by_meaning(lfm: Lfm, folder: Path) -> None:
+    def embeddings(seen: Seen) -> Answer:
+        texts = json.loads(seen.body)["input"]
+        rows = [[1.0, 0.1] if "valve" in text or "tap" in text else [0.1, 1.0] for text in texts]
+        data = [{"index": index, "embedding": row} for index, row in enumerate(rows)]
+        return Answer(body=json.dumps({"data": data}).encode())
+
+    with serve() as web:
+        web.answers["/v1/embeddings"] = embeddings
+        flags = ["--embeddings-url", web.root, "--embeddings-model", "m"]
+        assert lfm("add", str(folder), *flags).code == 0
+        assert lfm("search", "tap", *flags).out.startswith("1. valve.txt\n")
+    assert lfm("search", "tap").out == ""
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -108,6 +125,8 @@ def test_bad_documents_are_named_and_make_the_command_fail(lfm: Lfm, folder: Pat
         (["add", "/no/such/path"], "There is no file or folder '/no/such/path'"),
         (["add"], "Missing argument 'PATH...'"),
         (["search", "--limit", "0", "x"], "--limit 0 is out of range"),
+        (["add", "--embeddings-url", "http://x", "."], "--embeddings-url and --embeddings-model belong together"),
+        (["add", "--embeddings-url", "x", "--embeddings-model", "m", "."], "'x' is no address"),
         (["serch"], "No such command 'serch'. Did you mean 'search'?"),
     ],
 )

@@ -57,7 +57,7 @@ class Handler(BaseHTTPRequestHandler):
             answer = answer(seen)
         if answer.raw is None:
             self.send_response(answer.status)
-            for name, value in {"Content-Type": answer.content_type, **answer.headers}.items():
+            for name, value in {"Content-Type": answer.content_type, "Connection": "close", **answer.headers}.items():
                 self.send_header(name, value)
             if "Content-Length" not in answer.headers:
                 self.send_header("Content-Length", str(len(answer.body)))

@@ -63,7 +63,9 @@ class ProviderClient:
         }
         # On plain HTTP, as with one's own SearXNG, nobody is trusted rather than everybody's certificates loaded.
         tls = True if base_url.startswith("https") else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._transport = httpx2.AsyncHTTPTransport(verify=tls, trust_env=False)
+        # A kept connection may be closed just as it is used, and a search would fail for nothing.
+        limits = httpx2.Limits(max_keepalive_connections=0)
+        self._transport = httpx2.AsyncHTTPTransport(verify=tls, trust_env=False, limits=limits)
 
     async def get(self, path: str, *, params: Mapping[str, str], answer: type[_T]) -> _T:
         """GET and decode. Raises ProviderError."""

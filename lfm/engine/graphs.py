@@ -9,18 +9,21 @@ All inputs of a step travel in one copy. Legend: B rows of the bucket, V vocabul
 import logging
 from bisect import bisect_left
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import is_
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lfm.engine.batch import UNKNOWN_ID, BatchBuilder
+from lfm.engine.batch import UNKNOWN_ID, BatchBuilder, Ints
 from lfm.engine.block_tables import BlockTables
+from lfm.engine.prefix_groups import MIN_ROWS, TILE_ROWS, PrefixGroups, group_by_prefix
 from lfm.engine.sampler import sample
 from lfm.engine.sampling_rows import SampleFlags, SamplingRows
 from lfm.engine.step import ScheduledBatch
-from lfm.kernels.forward_batch import SCRATCH_BLOCK, CacheTensors, ForwardBatch
+from lfm.kernels.forward_batch import SCRATCH_BLOCK, CacheTensors, ForwardBatch, SharedPrefix
 from lfm.model.lfm2 import Lfm2
 from lfm.model.ops import Ops
 
@@ -32,14 +35,25 @@ BUCKETS += (320, 384, 448, 512, 640, 768, 896, 1024)
 # Steps of a bucket before it is captured: a capture takes about as long as this many eager steps.
 CAPTURE_DEMAND = 2
 FIELDS = ("ids", "positions", "slots", "device_rows", "tail_reads", "tail_writes", "next_positions", "is_real")
+# Behind the fields, for graphs with shared prefixes: blocks that each row shares [B], and tiles [B // 8, 16] as 2 B.
+NUM_LINES = len(FIELDS) + 3
+NUM_EXACT_BUCKETS = 8  # up to here a bucket is always full
+MIN_SHARED_BUCKET = 32  # fewer rows gain nothing from reading a shared block together
+
+
+class Shape(NamedTuple):
+    """What a graph is captured for."""
+
+    bucket: int
+    has_shared: bool
 
 
 @dataclass(slots=True)
 class DecodeGraph:
-    """One captured bucket: its input buffer, its outputs, and the sampling graphs captured on top of it."""
+    """One captured shape: its input buffer, its outputs, and the sampling graphs captured on top of it."""
 
-    bucket: int
-    inputs: Tensor  # int64 [len(FIELDS), B] on the device
+    shape: Shape
+    inputs: Tensor  # int64 [NUM_LINES, B] on the device
     staging: list[Tensor]  # two of the same, pinned
     graph: torch.cuda.CUDAGraph
     logits_BV: Tensor
@@ -63,11 +77,16 @@ class DecodeGraphs:
     def __init__(self, model: Lfm2, cache: CacheTensors, rows: SamplingRows, builder: BatchBuilder, ops: Ops) -> None:
         self._model, self._cache, self._rows, self._builder, self._ops = model, cache, rows, builder, ops
         self._buckets = [bucket for bucket in BUCKETS if bucket <= rows.num_rows]
-        self._graphs: dict[int, DecodeGraph] = {}
-        self._demand: Counter[int] = Counter()
-        self._sample_demand: Counter[tuple[int, SampleFlags]] = Counter()
+        self._prefixes = SharedPrefixes(builder)
+        self._graphs: dict[Shape, DecodeGraph] = {}
+        self._demand: Counter[Shape] = Counter()
+        self._sample_demand: Counter[tuple[Shape, SampleFlags]] = Counter()
         self._memory_pool = torch.cuda.graph_pool_handle()
         self.num_replayed = 0
+
+    @property
+    def shapes(self) -> list[Shape]:
+        return list(self._graphs)
 
     def launch(self, batch: ScheduledBatch) -> DecodeGraph | None:
         """Replay a decode step whose tables were extended; None if it has another shape or no graph yet."""
@@ -76,13 +95,15 @@ class DecodeGraphs:
         if index == len(self._buckets) or any(row.end - row.start != 1 for row in batch.rows):
             return None
         bucket = self._buckets[index]
-        graph = self._graphs.get(bucket)
+        groups = self._prefixes.of(batch) if bucket >= MIN_SHARED_BUCKET else None
+        shape = Shape(bucket, groups is not None)
+        graph = self._graphs.get(shape)
         if graph is None:
-            self._demand[bucket] += 1
+            self._demand[shape] += 1
             return None
         graph.turn ^= 1
         staging = graph.staging[graph.turn]
-        self._fill(staging.numpy(), batch)
+        self._fill(staging.numpy(), batch, groups)
         graph.inputs.copy_(staging, non_blocking=True)
         graph.graph.replay()
         self.num_replayed += 1
@@ -94,7 +115,7 @@ class DecodeGraphs:
             return None  # these parts of the sampler may move their buffers when they grow
         captured = graph.samples.get(flags)
         if captured is None:
-            self._sample_demand[(graph.bucket, flags)] += 1
+            self._sample_demand[(graph.shape, flags)] += 1
             return None
         captured[0].replay()
         return captured[1]
@@ -111,7 +132,7 @@ class DecodeGraphs:
             self._buckets, self._graphs = [], {}
 
     def _capture_next(self) -> None:
-        wanted = next((bucket for bucket, count in self._demand.items() if count >= CAPTURE_DEMAND), None)
+        wanted = next((shape for shape, count in self._demand.items() if count >= CAPTURE_DEMAND), None)
         if wanted is not None:
             del self._demand[wanted]
             self._graphs[wanted] = self._capture(wanted)
@@ -121,8 +142,8 @@ class DecodeGraphs:
             del self._sample_demand[wanted_sample]
             self._capture_sample(self._graphs[wanted_sample[0]], wanted_sample[1])
 
-    def _fill(self, fields: np.ndarray, batch: ScheduledBatch) -> None:
-        """Write the step's inputs [len(FIELDS), B]; columns beyond the batch's rows are padding."""
+    def _fill(self, fields: Ints, batch: ScheduledBatch, groups: PrefixGroups | None) -> None:
+        """Write the step's inputs [NUM_LINES, B]; columns beyond the batch's rows are padding."""
         rows, size = batch.rows, self._builder.block_size
         num_rows = len(rows)
         starts = np.array([row.start for row in rows], dtype=np.int64)
@@ -140,22 +161,26 @@ class DecodeGraphs:
         fields[5, :num_rows] = blocks
         fields[6, :num_rows] = starts + 1
         fields[7, :num_rows] = 1
+        if groups is not None:
+            fields[len(FIELDS), :num_rows] = groups.blocks_S
+            fields[len(FIELDS) + 1 :] = -1
+            fields[len(FIELDS) + 1 :].reshape(-1)[: groups.tiles_YX.size] = groups.tiles_YX.ravel()
 
     def _padding(self) -> tuple[int, ...]:
         """One padding row's inputs: id 0 at position 0 of the scratch block."""
         slot = SCRATCH_BLOCK * self._builder.block_size
-        return (0, 0, slot, self._rows.scratch_row, SCRATCH_BLOCK, SCRATCH_BLOCK, 1, 0)
+        return (0, 0, slot, self._rows.scratch_row, SCRATCH_BLOCK, SCRATCH_BLOCK, 1, 0, 0, -1, -1)
 
     @torch.inference_mode()
-    def _capture(self, bucket: int) -> DecodeGraph:
+    def _capture(self, shape: Shape) -> DecodeGraph:
         inputs = torch.tensor(self._padding(), dtype=torch.int64, device=self._rows.device)
-        inputs = inputs[:, None].expand(-1, bucket).contiguous()
+        inputs = inputs[:, None].expand(-1, shape.bucket).contiguous()
         staging = [torch.zeros(inputs.shape, dtype=torch.int64, pin_memory=True) for _ in range(2)]
-        self._forward(inputs)  # compiles kernels, makes the libraries' handles, grows the rope tables
+        self._forward(inputs, shape)  # compiles kernels, makes the libraries' handles, grows the rope tables
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory_pool):
-            logits_BV, is_finite_B = self._forward(inputs)
-        return DecodeGraph(bucket, inputs, staging, graph, logits_BV, is_finite_B)
+            logits_BV, is_finite_B = self._forward(inputs, shape)
+        return DecodeGraph(shape, inputs, staging, graph, logits_BV, is_finite_B)
 
     @torch.inference_mode()
     def _capture_sample(self, decode: DecodeGraph, flags: SampleFlags) -> None:
@@ -166,8 +191,11 @@ class DecodeGraphs:
             ids_B = self._sample(decode, flags)
         decode.samples[flags] = (graph, ids_B)
 
-    def _forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, inputs: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         batch = _decode_batch(inputs, self._builder.tables, self._rows.last_ids_R, self._builder.max_model_len)
+        if shape.has_shared:
+            tiles_YX = inputs[len(FIELDS) + 1 :].view(shape.bucket // MIN_ROWS, TILE_ROWS)
+            batch = replace(batch, shared=SharedPrefix(inputs[len(FIELDS)], tiles_YX))
         hidden_BD = self._model(batch, self._cache, self._ops)
         return self._model.head(hidden_BD, self._ops), hidden_BD.isfinite().all(dim=1)
 
@@ -178,7 +206,7 @@ class DecodeGraphs:
 
 def _decode_batch(inputs: Tensor, tables: BlockTables, last_ids_R: Tensor, max_model_len: int) -> ForwardBatch:
     """The bucket's forward inputs, as views of its buffer and of what is derived from it on the device."""
-    ids, positions, slots, device_rows, tail_reads, tail_writes, _, is_real = inputs.unbind()
+    ids, positions, slots, device_rows, tail_reads, tail_writes, _, is_real = inputs[: len(FIELDS)].unbind()
     bucket = inputs.shape[1]
     rows = torch.arange(bucket + 1, device=inputs.device)
     return ForwardBatch(
@@ -200,4 +228,24 @@ def _decode_batch(inputs: Tensor, tables: BlockTables, last_ids_R: Tensor, max_m
     )
 
 
-NUM_EXACT_BUCKETS = 8  # up to here a bucket is always full
+class SharedPrefixes:
+    """The prefix groups of the rows that decode together, found again only when another table is among them.
+
+    A sequence keeps its table, and appends to it, until it is preempted; then it gets a new one. So the same tables in
+    the same order share the same leading blocks as before.
+    """
+
+    def __init__(self, builder: BatchBuilder) -> None:
+        self._builder = builder
+        self._tables: list[list[int]] = []
+        self._groups: PrefixGroups | None = None
+
+    def of(self, batch: ScheduledBatch) -> PrefixGroups | None:
+        """Groups of a decode step's rows, or None where sharing saves too little."""
+        tables = [row.sequence.block_table for row in batch.rows]
+        if len(tables) != len(self._tables) or not all(map(is_, tables, self._tables)):
+            self._tables = tables
+            rows = self._builder.tables.host[[row.sequence.row for row in batch.rows]]
+            num_whole = np.array([row.start for row in batch.rows]) // self._builder.block_size
+            self._groups = group_by_prefix(rows[:, : int(num_whole.max()) + 1], num_whole)
+        return self._groups

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lfm.engine.answers import entries, logprobs_to_host, to_host
 from lfm.engine.batch import BatchBuilder, StepTensors, row_start
-from lfm.engine.graphs import DecodeGraph, DecodeGraphs
+from lfm.engine.graphs import DecodeGraph, DecodeGraphs, Shape
 from lfm.engine.sampler import Logprobs, SampleOutput, sample, token_logprobs
 from lfm.engine.sampling_rows import SamplingRows
 from lfm.engine.step import ScheduledBatch, ScheduledRow, StepResult
@@ -73,6 +73,11 @@ class Runner:
     def num_replayed(self) -> int:
         """Steps that were replayed from a graph so far."""
         return self._graphs.num_replayed if self._graphs is not None else 0
+
+    @property
+    def captured_shapes(self) -> list[Shape]:
+        """The shapes of decode steps that have a graph."""
+        return self._graphs.shapes if self._graphs is not None else []
 
     @property
     def is_async(self) -> bool:

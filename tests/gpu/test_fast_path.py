@@ -34,11 +34,11 @@ def small_config() -> ModelConfig:
     )  # fmt: skip
 
 
-def make(model: Lfm2, *, is_fast: bool) -> Engine:
+def make(model: Lfm2, *, is_fast: bool, block_size: int = 64) -> Engine:
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     plan = EnginePlan(
         device="cuda:0", dtype=dtype, max_model_len=1024, max_running=48, step_tokens=256,
-        step_tokens_decoding=128, block_size=64, num_blocks=256, memory_fraction=0.9, max_queue=64,
+        step_tokens_decoding=128, block_size=block_size, num_blocks=16384 // block_size, memory_fraction=0.9, max_queue=64,
         plain_loop=not is_fast, prefix_caching=True, seed=0,
     )  # fmt: skip
     engine = assemble_engine(model, plan, num_ids=VOCAB, ops=FAST if is_fast else REFERENCE)
@@ -103,6 +103,28 @@ def test_captured_decoding_drifts_from_fp32_no_more_than_plain_bf16(num_requests
         [value for requests in rounds for value in logprobs_of(engine, requests)] for engine in (fast, plain, exact)
     )
     assert fast.runner.num_replayed > 0
+    assert drift(mine, right) <= 1.3 * drift(theirs, right) + 1e-3
+
+
+def test_rows_that_share_a_prefix_are_attended_together_with_the_same_result() -> None:
+    """40 agents behind 512 common tokens: 32 blocks that a captured step reads once for up to 16 rows."""
+    low, wide = models()
+    fast, plain, exact = (
+        make(model, is_fast=is_fast, block_size=16) for model, is_fast in ((low, True), (low, False), (wide, False))
+    )
+    chance = random.Random(3)
+    stem = [chance.randrange(8, VOCAB) for _ in range(512)]
+    rounds = []
+    for turn in range(4):
+        rounds.append([])
+        for index in range(40):
+            prompt = stem + [chance.randrange(8, VOCAB) for _ in range(chance.choice([1, 3, 17]))]
+            sampling = SamplingParams(max_tokens=16, temperature=0.0, seed=0, logprobs=0, logit_bias={8 + index: 100.0})
+            rounds[-1].append(EngineRequest(request_id=f"{turn}-{index}", prompt_ids=prompt, sampling=sampling))
+    mine, theirs, right = (
+        [value for requests in rounds for value in logprobs_of(engine, requests)] for engine in (fast, plain, exact)
+    )
+    assert any(shape.has_shared for shape in fast.runner.captured_shapes)
     assert drift(mine, right) <= 1.3 * drift(theirs, right) + 1e-3
 
 

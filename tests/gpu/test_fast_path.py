@@ -38,8 +38,8 @@ def make(model: Lfm2, *, is_fast: bool, block_size: int = 64) -> Engine:
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     plan = EnginePlan(
         device="cuda:0", dtype=dtype, max_model_len=1024, max_running=48, step_tokens=256,
-        step_tokens_decoding=128, block_size=block_size, num_blocks=16384 // block_size, memory_fraction=0.9, max_queue=64,
-        plain_loop=not is_fast, prefix_caching=True, seed=0,
+        step_tokens_decoding=128, block_size=block_size, num_blocks=16384 // block_size, memory_fraction=0.9,
+        max_queue=64, plain_loop=not is_fast, prefix_caching=True, seed=0,
     )  # fmt: skip
     engine = assemble_engine(model, plan, num_ids=VOCAB, ops=FAST if is_fast else REFERENCE)
     engine.runner.cache.fill(float("nan"))

@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from lfm.kernels.moe_grouped import experts_grouped
-from lfm.kernels.moe_small import MAX_TOKENS, experts_small
+from lfm.kernels.moe_prefill import MIN_TOKENS as MIN_PREFILL_TOKENS
+from lfm.kernels.moe_prefill import experts_prefill, has_prefill_kernels
+from lfm.kernels.moe_small import MAX_TOKENS as MAX_SMALL_TOKENS
+from lfm.kernels.moe_small import experts_small
 from lfm.kernels.norm import widen
 from lfm.kernels.triton_guard import runs_triton
 
@@ -66,7 +69,11 @@ def experts(
     is_fast = runs_triton(x_TD) and num_tokens > 0 and hidden % 64 == 0 and width % 64 == 0
     if not (is_fast and gate_up_E2FD.is_contiguous() and down_EDF.is_contiguous()):
         return experts_ref(h_TD, x_TD, chosen_TA, weights_TA, gate_up_E2FD, down_EDF)
-    run = experts_small if num_tokens <= MAX_TOKENS else experts_grouped
+    run = experts_grouped
+    if num_tokens <= MAX_SMALL_TOKENS:
+        run = experts_small
+    elif num_tokens >= MIN_PREFILL_TOKENS and has_prefill_kernels(x_TD.device):
+        run = experts_prefill
     return run(
         h_TD.contiguous(), x_TD.contiguous(), chosen_TA.contiguous(), weights_TA.contiguous(), gate_up_E2FD, down_EDF
     )

@@ -15,23 +15,23 @@ each expert finds its own without knowing the others', at the price of at most o
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lfm.kernels.moe_small import largest_divisor
-from lfm.kernels.triton_guard import has_dependent_launch, tl, triton
+from lfm.kernels.triton_guard import TensorDescriptor, has_dependent_launch, tl, triton
 
 
 class Tile(NamedTuple):
-    """Features per program, inputs per step; whether weights take the rows of the matrix unit; warps and stages."""
+    """Features per program, inputs per step; warps and stages; whether weights take the rows of the matrix unit."""
 
     features: int
     inputs: int
-    is_swapped: bool
     warps: int
     stages: int
+    is_swapped: bool = False
 
 
 class Tiles(NamedTuple):
@@ -43,26 +43,26 @@ class Tiles(NamedTuple):
     down: Tile
 
 
-# Two programs share a multiprocessor of 228 KB. Measured on an H200 for 64 experts of 2048 x 1536, uniform and Zipf-skewed routing.
+# Two or three programs share a multiprocessor of 228 KB. Measured on an H200: 64 experts of 2048 x 1536. More pairs per
+# tile are faster from 1,024 tokens on if routing is uniform (6 %), and slower if it is skewed (Zipf: 18 %).
 HOPPER_TILES = (
-    Tiles(20, 16, Tile(32, 128, False, 4, 4), Tile(64, 128, True, 4, 5)),
-    Tiles(192, 16, Tile(64, 128, True, 4, 3), Tile(64, 128, True, 4, 5)),
-    Tiles(384, 32, Tile(64, 64, True, 4, 5), Tile(128, 64, True, 4, 5)),
-    Tiles(1 << 62, 64, Tile(64, 64, False, 4, 4), Tile(128, 64, True, 4, 4)),
+    Tiles(20, 16, up=Tile(32, 128, 4, 4), down=Tile(64, 128, 4, 5, is_swapped=True)),
+    Tiles(192, 16, up=Tile(64, 128, 4, 3), down=Tile(64, 128, 4, 5, is_swapped=True)),
+    Tiles(1 << 62, 64, up=Tile(64, 64, 4, 3), down=Tile(128, 64, 4, 4)),
 )
 # Fits 96 KB of shared memory (capability 8.0 and later); not measured.
 OTHER_TILES = (
-    Tiles(192, 16, Tile(32, 64, False, 4, 4), Tile(64, 64, False, 4, 4)),
-    Tiles(1 << 62, 64, Tile(64, 32, False, 4, 4), Tile(128, 32, False, 4, 4)),
+    Tiles(192, 16, up=Tile(32, 64, 4, 4), down=Tile(64, 64, 4, 4)),
+    Tiles(1 << 62, 64, up=Tile(64, 32, 4, 4), down=Tile(128, 32, 4, 4)),
 )
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def sort_pairs_kernel(
-    chosen_P, order_P, place_P, start_E1, tile_M3, num_pairs, num_tiles, E,
-    BM: tl.constexpr, CHUNK: tl.constexpr, HAS_PLACES: tl.constexpr, DEPENDENT: tl.constexpr,
+    chosen_P, order_P, tile_M3, num_pairs, num_tiles, E,
+    BM: tl.constexpr, CHUNK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Program e: order [P] of the pairs that chose expert e, rising; their places in it; e's start and tiles."""
+    """Program e: order [P] of the pairs that chose expert e, rising, and e's tiles [M]."""
     expert = tl.program_id(0)
     lane = tl.arange(0, CHUNK)
     if DEPENDENT:
@@ -76,9 +76,6 @@ def sort_pairs_kernel(
         equal += (chosen == expert).to(tl.int32)
     start = tl.sum(below)
     end = start + tl.sum(equal)
-    tl.store(start_E1 + expert, start)
-    if expert == E - 1:
-        tl.store(start_E1 + E, end)
     first_tile = start // BM + expert
     next_tile = tl.where(expert == E - 1, num_tiles, end // BM + expert + 1)
     tile_lane = tl.arange(0, 64)
@@ -95,86 +92,91 @@ def sort_pairs_kernel(
         is_mine = chosen == expert
         place = row + tl.cumsum(is_mine.to(tl.int32)) - 1
         tl.store(order_P + place, first + lane, mask=is_mine)
-        if HAS_PLACES:
-            tl.store(place_P + first + lane, place, mask=is_mine)
         row += tl.sum(is_mine.to(tl.int32))
 
 
 @triton.jit
 def up_grouped_kernel(
-    x_TD, weights_P, order_P, tile_M3, gate_up_E2FD, act_PF,
+    x_TD, weights_P, order_P, tile_M3, gate_up, act_PF,
     A: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    BM: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, DEPENDENT: tl.constexpr,
+    BM: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, BULK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of BM, tile of BF): act [P, F] in sorted order from x [T, D]."""
+    """Program (tile of BM, tile of BF): act [P, F] in sorted order from x [T, D].
+
+    `gate_up` is the tensor [E, 2, F, D] or, with BULK, a descriptor of its blocks [1, 2, BF, BK]. BF rows of gate and
+    the BF of up with them are one operand of the matrix unit.
+    """
     tile = tile_M3 + tl.program_id(0) * 3
-    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    first_F = tl.program_id(1) * BF
     k_K = tl.arange(0, BK)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    expert = tl.load(tile).to(tl.int64)
+    expert = tl.load(tile)
     if expert >= 0:
         row_M = tl.load(tile + 1) + tl.arange(0, BM)
-        is_row_M = row_M < tl.load(tile + 2)
-        pair_M = tl.load(order_P + row_M, mask=is_row_M, other=0)
-        weight_M = tl.load(weights_P + pair_M, mask=is_row_M, other=0.0)
-        x = x_TD + (pair_M // A).to(tl.int64)[:, None] * D + k_K[None, :]
-        gate = gate_up_E2FD + expert * (2 * F * D) + f[:, None] * D + k_K[None, :]
-        gate_sum = tl.zeros((BF, BM) if SWAP else (BM, BF), tl.float32)
-        up_sum = tl.zeros((BF, BM) if SWAP else (BM, BF), tl.float32)
+        is_row_M1 = (row_M < tl.load(tile + 2))[:, None]
+        pair_M1 = tl.load(order_P + row_M[:, None], mask=is_row_M1, other=0)
+        weight_M1 = tl.load(weights_P + pair_M1, mask=is_row_M1, other=0.0)
+        x = x_TD + (pair_M1 // A).to(tl.int64) * D + k_K[None, :]
+        both = tl.zeros((BM, 2 * BF), tl.float32)
+        if not BULK:
+            row_2F = tl.arange(0, 2 * BF)
+            row_2F = first_F + row_2F % BF + row_2F // BF * F
+            weight = gate_up + expert.to(tl.int64) * (2 * F * D) + row_2F[:, None] * D + k_K[None, :]
         for k in tl.range(0, D, BK):
-            x_MK = tl.load(x + k, mask=is_row_M[:, None], other=0.0)
-            gate_FK = tl.load(gate + k)
-            up_FK = tl.load(gate + F * D + k)
-            if SWAP:
-                gate_sum = tl.dot(gate_FK, x_MK.T, gate_sum)
-                up_sum = tl.dot(up_FK, x_MK.T, up_sum)
+            x_MK = tl.load(x + k, mask=is_row_M1, other=0.0)
+            if BULK:
+                w_2FK = gate_up.load([expert, 0, first_F, k]).reshape(2 * BF, BK)
             else:
-                gate_sum = tl.dot(x_MK, gate_FK.T, gate_sum)
-                up_sum = tl.dot(x_MK, up_FK.T, up_sum)
-        act = gate_sum / (1 + tl.exp(-gate_sum)) * up_sum
-        if SWAP:
-            act = act.T
-        act_MF = (act * weight_M[:, None]).to(act_PF.dtype.element_ty)
-        tl.store(act_PF + row_M.to(tl.int64)[:, None] * F + f[None, :], act_MF, mask=is_row_M[:, None])
+                w_2FK = tl.load(weight + k)
+            both = tl.dot(x_MK, w_2FK.T, both)
+        gate_MF, up_MF = tl.split(both.reshape(BM, 2, BF).permute(0, 2, 1))
+        act_MF = gate_MF / (1 + tl.exp(-gate_MF)) * up_MF * weight_M1
+        act = act_PF + row_M[:, None].to(tl.int64) * F + first_F + tl.arange(0, BF)[None, :]
+        tl.store(act, act_MF.to(act_PF.dtype.element_ty), mask=is_row_M1)
 
 
 @triton.jit
 def down_grouped_kernel(
-    order_P, tile_M3, act_PF, down_EDF, y_PD,
-    D: tl.constexpr, F: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr, DEPENDENT: tl.constexpr,
+    order_P, tile_M3, act_PF, down, y_PD,
+    D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    SWAP: tl.constexpr, BULK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of BM, tile of BD): y [P, D] in the order of pairs from act [P, F] in sorted order.
 
-    The tiles are read before the wait: `up` starts this launch only after its own wait for the sort.
+    `down` is the tensor [E, D, F] or, with BULK, a descriptor of its blocks [1, BD, BK]. The tiles are read before the
+    wait: `up` starts this launch only after its own wait for the sort.
     """
     tile = tile_M3 + tl.program_id(0) * 3
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    first_D = tl.program_id(1) * BD
+    d = first_D + tl.arange(0, BD)
     k_K = tl.arange(0, BK)
-    expert = tl.load(tile, cache_modifier=".cg").to(tl.int64)
-    row_M = tl.load(tile + 1, cache_modifier=".cg") + tl.arange(0, BM)
-    is_row_M = row_M < tl.load(tile + 2, cache_modifier=".cg")
+    expert = tl.load(tile, cache_modifier=".cg")
+    row_M1 = (tl.load(tile + 1, cache_modifier=".cg") + tl.arange(0, BM))[:, None]
+    is_row_M1 = row_M1 < tl.load(tile + 2, cache_modifier=".cg")
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if expert >= 0:
-        pair_M = tl.load(order_P + row_M, mask=is_row_M, other=0)
-        act = act_PF + row_M.to(tl.int64)[:, None] * F + k_K[None, :]
-        weight = down_EDF + expert * (D * F) + d[:, None] * F + k_K[None, :]
-        y_sum = tl.zeros((BD, BM) if SWAP else (BM, BD), tl.float32)
+        pair_M1 = tl.load(order_P + row_M1, mask=is_row_M1, other=0)
+        act = act_PF + row_M1.to(tl.int64) * F + k_K[None, :]
+        if not BULK:
+            weight = down + expert.to(tl.int64) * (D * F) + d[:, None] * F + k_K[None, :]
+        y = tl.zeros((BD, BM) if SWAP else (BM, BD), tl.float32)
         for k in tl.range(0, F, BK):
-            act_MK = tl.load(act + k, mask=is_row_M[:, None], other=0.0)
-            down_DK = tl.load(weight + k)
-            if SWAP:
-                y_sum = tl.dot(down_DK, act_MK.T, y_sum)
+            act_MK = tl.load(act + k, mask=is_row_M1, other=0.0)
+            if BULK:
+                down_DK = down.load([expert, first_D, k]).reshape(BD, BK)
             else:
-                y_sum = tl.dot(act_MK, down_DK.T, y_sum)
-        if SWAP:
-            y_sum = y_sum.T
-        y = y_PD + pair_M.to(tl.int64)[:, None] * D + d[None, :]
-        tl.store(y, y_sum.to(y_PD.dtype.element_ty), mask=is_row_M[:, None])
+                down_DK = tl.load(weight + k)
+            if SWAP:
+                y = tl.dot(down_DK, act_MK.T, y)
+            else:
+                y = tl.dot(act_MK, down_DK.T, y)
+        y_MD = y.T if SWAP else y
+        to = y_PD + pair_M1.to(tl.int64) * D + d[None, :]
+        tl.store(to, y_MD.to(y_PD.dtype.element_ty), mask=is_row_M1)
 
 
 @triton.jit
@@ -203,31 +205,26 @@ def _tables(device: torch.device) -> tuple[Tiles, ...]:
 
 
 class SortedPairs(NamedTuple):
-    """Pairs by expert: order and its inverse [P] (a pair without an expert has no place), starts, tiles."""
+    """Pairs by expert: their order [P] and the tiles [M, 3]."""
 
     order_P: Tensor
-    place_P: Tensor
-    start_E1: Tensor
     tile_M3: Tensor
 
 
-def sort_pairs(chosen_TA: Tensor, num_experts: int, tile_pairs: int, *, has_places: bool = False) -> SortedPairs:
+def sort_pairs(chosen_TA: Tensor, num_experts: int, tile_pairs: int) -> SortedPairs:
     """Group the pairs by expert, stably, in one launch."""
     num_pairs = chosen_TA.numel()
     num_tiles = num_pairs // tile_pairs + num_experts
     is_small = num_pairs <= 1024
     is_dependent = has_dependent_launch(chosen_TA.device)
-    order_P, start_E1, tile_M3 = (
-        torch.empty(size, dtype=torch.int32, device=chosen_TA.device)
-        for size in (num_pairs, num_experts + 1, (num_tiles, 3))
-    )
-    place_P = torch.empty_like(order_P) if has_places else order_P
+    order_P = torch.empty(num_pairs, dtype=torch.int32, device=chosen_TA.device)
+    tile_M3 = torch.empty(num_tiles, 3, dtype=torch.int32, device=chosen_TA.device)
     sort_pairs_kernel[(num_experts,)](
-        chosen_TA, order_P, place_P, start_E1, tile_M3, num_pairs, num_tiles, num_experts,
-        BM=tile_pairs, CHUNK=1024 if is_small else 4096, HAS_PLACES=has_places, DEPENDENT=is_dependent,
+        chosen_TA, order_P, tile_M3, num_pairs, num_tiles, num_experts,
+        BM=tile_pairs, CHUNK=1024 if is_small else 4096, DEPENDENT=is_dependent,
         num_warps=4 if is_small else 8, launch_pdl=is_dependent,
     )  # fmt: skip
-    return SortedPairs(order_P, place_P, start_E1, tile_M3)
+    return SortedPairs(order_P, tile_M3)
 
 
 def sum_pairs(h_TD: Tensor, chosen_TA: Tensor, y_PD: Tensor, num_experts: int) -> Tensor:
@@ -243,31 +240,44 @@ def sum_pairs(h_TD: Tensor, chosen_TA: Tensor, y_PD: Tensor, num_experts: int) -
     return out_TD
 
 
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether blocks can be copied by descriptor: the same chips as dependent launch."""
+    return has_dependent_launch(device)
+
+
+def blocks_of(weight: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> Any:
+    """A descriptor of a contiguous weight, seen in another shape, for the copy engine."""
+    return TensorDescriptor.from_tensor(weight.view(shape), list(block))
+
+
 def experts_grouped(
     h_TD: Tensor, x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
 ) -> Tensor:
     """As `experts_ref`, for contiguous tensors with D and F multiples of 64."""
     num_experts, hidden, width = down_EDF.shape
     num_tokens, num_chosen = chosen_TA.shape
-    is_dependent = has_dependent_launch(x_TD.device)
+    is_bulk, is_dependent = has_copy_engine(x_TD.device), has_dependent_launch(x_TD.device)
     tiles = next(tiles for tiles in _tables(x_TD.device) if num_tokens <= tiles.tokens)
     pairs = sort_pairs(chosen_TA, num_experts, tiles.pairs)
     act_PF = x_TD.new_empty(num_tokens * num_chosen, width)
     y_PD = x_TD.new_empty(num_tokens * num_chosen, hidden)
     tile = tiles.up
-    features = largest_divisor(width, tile.features)
+    features, inputs = largest_divisor(width, tile.features), largest_divisor(hidden, tile.inputs)
+    gate_up: Any = gate_up_E2FD
+    if is_bulk:
+        gate_up = blocks_of(gate_up_E2FD, (num_experts, 2, width, hidden), (1, 2, features, inputs))
     up_grouped_kernel[(len(pairs.tile_M3), width // features)](
-        x_TD, weights_TA, pairs.order_P, pairs.tile_M3, gate_up_E2FD, act_PF,
-        A=num_chosen, D=hidden, F=width, BM=tiles.pairs, BF=features, BK=largest_divisor(hidden, tile.inputs),
-        SWAP=tile.is_swapped, DEPENDENT=is_dependent,
+        x_TD, weights_TA, pairs.order_P, pairs.tile_M3, gate_up, act_PF,
+        A=num_chosen, D=hidden, F=width, BM=tiles.pairs, BF=features, BK=inputs, BULK=is_bulk, DEPENDENT=is_dependent,
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=is_dependent,
     )  # fmt: skip
     tile = tiles.down
-    features = largest_divisor(hidden, tile.features)
+    features, inputs = largest_divisor(hidden, tile.features), largest_divisor(width, tile.inputs)
+    down = blocks_of(down_EDF, down_EDF.shape, (1, features, inputs)) if is_bulk else down_EDF
     down_grouped_kernel[(len(pairs.tile_M3), hidden // features)](
-        pairs.order_P, pairs.tile_M3, act_PF, down_EDF, y_PD,
-        D=hidden, F=width, BM=tiles.pairs, BD=features, BK=largest_divisor(width, tile.inputs),
-        SWAP=tile.is_swapped, DEPENDENT=is_dependent,
+        pairs.order_P, pairs.tile_M3, act_PF, down, y_PD,
+        D=hidden, F=width, BM=tiles.pairs, BD=features, BK=inputs,
+        SWAP=tile.is_swapped, BULK=is_bulk, DEPENDENT=is_dependent,
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=is_dependent,
     )  # fmt: skip
     return sum_pairs(h_TD, chosen_TA, y_PD, num_experts)

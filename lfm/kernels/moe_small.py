@@ -5,7 +5,8 @@
 
 Bytes: the chosen experts' weights, 18.9 MB an expert of the 24B; x and act come from L2. No matrix unit: a warp holds
 whole rows of weights, 16 bytes a lane and load, and a window of loads stays in flight. `down` has half of its weights
-on the way before `up` has ended (programmatic dependent launch): `chosen` is known by then, only `act` is not.
+on the way before `up` has ended (programmatic dependent launch): `chosen` is known by then, only `act` is not. Weights
+are the first to leave L2, so that the router, the norms and the hidden states of the next layer stay.
 Rounding: act to the activation dtype, with its router weight in it; the rest in fp32.
 Ids outside 0..E-1 mean "no expert": nothing is read for them, and the row of h comes back as it was.
 
@@ -30,8 +31,11 @@ class Tile(NamedTuple):
     ahead: int
 
 
-UP_TILE = Tile(rows=16, warps=4, ahead=2)
-DOWN_TILE = Tile(rows=8, warps=8, ahead=12)
+# Measured on an H200 for experts of 2048 x 1536. One token's programs of `down` are all there at once, with half of
+# their weights in registers; those of more tokens take turns, and do better with less each.
+UP_TILE = Tile(rows=8, warps=2, ahead=4)
+DOWN_TILE_ONE = Tile(rows=8, warps=8, ahead=12)
+DOWN_TILE = Tile(rows=8, warps=4, ahead=8)
 
 
 @triton.jit
@@ -56,8 +60,8 @@ def up_pairs_kernel(
         gates: tl.tuple = ()
         ups: tl.tuple = ()
         for i in tl.static_range(AHEAD):
-            gates += (tl.load(gate + i * LANES),)
-            ups += (tl.load(up + i * LANES),)
+            gates += (tl.load(gate + i * LANES, eviction_policy="evict_first"),)
+            ups += (tl.load(up + i * LANES, eviction_policy="evict_first"),)
         weight = tl.load(weights_P + pair)
         gate_sum = tl.zeros((ROWS, LANES), tl.float32)
         up_sum = tl.zeros((ROWS, LANES), tl.float32)
@@ -66,8 +70,8 @@ def up_pairs_kernel(
             gate_sum += gates[i].to(tl.float32) * x_FK
             up_sum += ups[i].to(tl.float32) * x_FK
             if i + AHEAD < STEPS:
-                gates += (tl.load(gate + (i + AHEAD) * LANES),)
-                ups += (tl.load(up + (i + AHEAD) * LANES),)
+                gates += (tl.load(gate + (i + AHEAD) * LANES, eviction_policy="evict_first"),)
+                ups += (tl.load(up + (i + AHEAD) * LANES, eviction_policy="evict_first"),)
         gate_F, up_F = tl.sum(gate_sum, 1), tl.sum(up_sum, 1)
         act_F = gate_F / (1 + tl.exp(-gate_F)) * up_F * weight
         tl.store(act_PF + pair * F + f, act_F.to(act_PF.dtype.element_ty))
@@ -98,7 +102,7 @@ def down_tokens_kernel(
         expert = experts[i // STEPS]
         is_expert = (expert >= 0) & (expert < E)
         offset = expert * (D * F) + (i % STEPS) * LANES
-        blocks += (tl.load(weight + offset, mask=is_expert, other=0.0),)
+        blocks += (tl.load(weight + offset, mask=is_expert, other=0.0, eviction_policy="evict_first"),)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -110,7 +114,7 @@ def down_tokens_kernel(
             block = blocks[i]
         else:
             offset = expert * (D * F) + (i % STEPS) * LANES
-            block = tl.load(weight + offset, mask=is_expert, other=0.0)
+            block = tl.load(weight + offset, mask=is_expert, other=0.0, eviction_policy="evict_first")
         act_DK = tl.load(act + i * LANES, mask=is_expert, other=0.0)
         sum_DK += block.to(tl.float32) * act_DK.to(tl.float32)
     tl.store(out_TD + token * D + d, (h_D + tl.sum(sum_DK, 1)).to(out_TD.dtype.element_ty))
@@ -132,7 +136,7 @@ def experts_small(
         **sizes, ROWS=tile.rows, AHEAD=min(tile.ahead, hidden // lanes), LANES=lanes,
         num_warps=tile.warps, launch_pdl=is_dependent,
     )  # fmt: skip
-    tile, lanes = DOWN_TILE, largest_divisor(width, 256)
+    tile, lanes = DOWN_TILE_ONE if num_tokens == 1 else DOWN_TILE, largest_divisor(width, 256)
     down_tokens_kernel[(num_tokens, hidden // tile.rows)](
         h_TD, chosen_TA, act_PF, down_EDF, out_TD,
         **sizes, ROWS=tile.rows, AHEAD=min(tile.ahead, num_chosen * width // lanes), LANES=lanes,

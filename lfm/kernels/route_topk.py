@@ -16,7 +16,7 @@ from lfm.kernels.moe_small import largest_divisor
 from lfm.kernels.triton_guard import has_dependent_launch, tl, triton
 from lfm.kernels.weights import Norm, Router
 
-MAX_FEW_TOKENS = 32
+MAX_FEW_TOKENS = 64
 
 
 @triton.jit

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "search": set(),
     "server": {"chat", "engine", "model", "kernels", "service", "search"},
     "llm": {"chat", "engine", "model", "kernels"},
-    "train": {"chat", "model", "kernels"},
+    "train": {"chat", "search", "model", "kernels"},
     "cli": {"llm", "server", "train", "service", "search", "chat", "engine", "model", "kernels"},
     "__init__": {"llm"},
 }

@@ -1,0 +1,205 @@
+"""Conversations with tools: one call, several, none that fits, something missing, loops over several steps.
+
+An episode is a piece of a conversation: what the user wants, the calls, their results, the answer. Several episodes
+over the same tools make a longer conversation.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lfm.chat.messages import Message, ToolCall
+from lfm.train.synthetic.draw import Draw, JsonValue, Value, render
+from lfm.train.synthetic.requests import Request, answer_to, bare_request, full_request, joined
+from lfm.train.synthetic.tools import (
+    Intent,
+    Tool,
+    any_intent,
+    intent_named,
+    make_tool,
+    result_of,
+    result_text,
+    verb_intent,
+)
+
+ExpectedKind = Literal["calls", "json", "cited", "absent", "text"]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What an assistant's turn is judged by. `contains`: strings of which an answer in words needs every one."""
+
+    kind: ExpectedKind
+    contains: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """Messages from a user's to the assistant's last, what each assistant turn is judged by, and the tools needed."""
+
+    messages: tuple[Message, ...]
+    expected: tuple[Expected, ...]
+    tools: tuple[Tool, ...] = ()
+    forbidden: frozenset[str] = frozenset()  # keys of intents whose tools would change what is right
+
+
+def user(text: str) -> Message:
+    return Message(role="user", content=text)
+
+
+def says(text: str) -> Message:
+    return Message(role="assistant", content=text)
+
+
+def calls(*made: ToolCall) -> Message:
+    return Message(role="assistant", tool_calls=made)
+
+
+def returned(text: str) -> Message:
+    return Message(role="tool", content=text)
+
+
+def single(draw: Draw) -> Episode:
+    """One request, one call, its result and an answer."""
+    request = full_request(draw, any_intent(draw))
+    return _called(draw, request.text, [request])
+
+
+def arithmetic(draw: Draw) -> Episode:
+    """A sum, through the calculator."""
+    request = full_request(draw, intent_named("calculator"))
+    return _called(draw, request.text, [request])
+
+
+def parallel(draw: Draw) -> Episode:
+    """Two or three requests in one message: as many calls in one list. Half of the time they are of one kind."""
+    count = 2 if draw.chance(0.75) else 3
+    requests = [full_request(draw, any_intent(draw))]
+    is_same = draw.chance(0.5)
+    while len(requests) < count:
+        if is_same:
+            requests.append(_with_tool(full_request(draw, requests[0].tool.intent), requests[0]))
+        else:
+            new = full_request(draw, any_intent(draw))
+            if new.tool.intent.key not in [request.tool.intent.key for request in requests]:
+                requests.append(new)
+    return _called(draw, joined(draw, [request.text for request in requests]), requests)
+
+
+def no_tool(draw: Draw) -> Episode:
+    """A request that none of the tools serves, though some may look like it."""
+    request = full_request(draw, any_intent(draw))
+    forbidden = {request.tool.intent.key, "search"}
+    near = [make_tool(draw, intent) for intent in _near(draw, request.tool.intent)]
+    reply = draw.phrase(draw.table["no_tool"])
+    return Episode((user(request.text), says(reply)), (Expected("text"),), tuple(near), frozenset(forbidden))
+
+
+def missing(draw: Draw) -> Episode:
+    """A request that lacks something: the assistant asks, the user tells, then comes the call."""
+    request = bare_request(draw, any_intent(draw))
+    if len(request.missing) > 2:
+        return missing(draw)
+    join = draw.table.get("sentence_join", " ").join
+    question = join(draw.phrase(draw.table["ask"][slot]) for slot in request.missing)
+    asked = (user(request.text), says(question))
+    told = ", ".join(request.values[slot].text for slot in request.missing)
+    reply = draw.phrase(draw.table["replies"]).replace("{value}", told)
+    rest = _called(draw, reply, [request])
+    return Episode(asked + rest.messages, (Expected("text"), *rest.expected), rest.tools)
+
+
+def loop(draw: Draw) -> Episode:
+    """A task whose second call needs the first one's result."""
+    return draw.one(_CHAINS)(draw)
+
+
+def _called(draw: Draw, text: str, requests: Sequence[Request]) -> Episode:
+    tools = tuple({request.tool.intent.key: request.tool for request in requests}.values())
+    messages = [user(text), calls(*(request.call for request in requests))]
+    sentences: list[str] = []
+    facts: list[str] = []
+    for request in requests:
+        results = result_of(draw, request.tool, request.data)
+        messages.append(returned(result_text(draw, results)))
+        sentence, named = answer_to(draw, request, results)
+        sentences.append(sentence)
+        facts += named
+    messages.append(says(draw.table.get("sentence_join", " ").join(sentences)))
+    return Episode(tuple(messages), (Expected("calls"), Expected("text", tuple(facts))), tools)
+
+
+def _with_tool(request: Request, other: Request) -> Request:
+    """The same wish to another request's tool; it lacks only optional parameters, which the wish then loses."""
+    data = {slot: value for slot, value in request.data.items() if slot in other.tool.parameters}
+    if len(data) < len(request.data):
+        return other
+    return Request(other.tool, request.text, request.values, data)
+
+
+def _near(draw: Draw, intent: Intent) -> list[Intent]:
+    """Intents that are easily taken for this one: another thing, or another thing to do with it."""
+    if intent.noun is None:
+        return []
+    verbs = [verb for verb in draw.table["verbs"] if verb != intent.name]
+    nouns = [noun for noun in draw.table["nouns"] if noun != intent.noun]
+    return [verb_intent(draw.one(verbs), intent.noun), verb_intent(intent.name, draw.one(nouns))]
+
+
+def _chain(draw: Draw, name: str, steps: Sequence[tuple[str, Mapping[str, str]]], drawn: Sequence[str]) -> Episode:
+    """Calls one after the other. A step names its intent and, per slot, the slot or the earlier result it takes."""
+    spec = draw.table["chains"][name]
+    values: dict[str, Value] = {slot: draw.value(slot) for slot in drawn}
+    if len({value.text for value in values.values()}) < len(values):
+        return _chain(draw, name, steps, drawn)
+    known: dict[str, JsonValue] = {slot: value.data for slot, value in values.items()}
+    texts = {slot: value.text for slot, value in values.items()}
+    messages, tools = [user(render(draw.phrase(spec["ask"]), texts))], []
+    for intent_name, sources in steps:
+        tool = make_tool(draw, intent_named(intent_name), used=list(sources))
+        data = {slot: _source(source, known) for slot, source in sources.items()}
+        results = result_of(draw, tool, data)
+        messages += [
+            calls(ToolCall(name=tool.name, arguments=tool.arguments(data))),
+            returned(result_text(draw, results)),
+        ]
+        known |= results
+        tools.append(tool)
+    known["flight"] = known.get("flight_number")
+    template = draw.phrase(spec["answer"])
+    answer = render(template, {name: str(value) for name, value in known.items()} | texts)
+    results_named = [str(known[name]) for name in known if name not in texts and f"{{{name}}}" in template]
+    messages.append(says(answer))
+    expected = (*(Expected("calls") for _ in steps), Expected("text", tuple(results_named)))
+    return Episode(tuple(messages), expected, tuple(tools))
+
+
+def _source(source: str, known: Mapping[str, JsonValue]) -> JsonValue:
+    """A known value, or a text made of known values."""
+    return render(source, {name: str(value) for name, value in known.items()}) if "{" in source else known[source]
+
+
+_CHAINS: tuple[Callable[[Draw], Episode], ...] = (
+    lambda draw: _chain(
+        draw,
+        "mail",
+        [("contact", {"person": "person"}), ("email", {"email": "email", "subject": "subject"})],
+        ["person", "subject"],
+    ),
+    lambda draw: _chain(
+        draw,
+        "fly",
+        [
+            ("flights", {"origin": "origin", "destination": "destination", "date": "date"}),
+            ("book_flight", {"flight": "flight_number", "person": "person"}),
+        ],
+        ["origin", "destination", "date", "person"],
+    ),
+    lambda draw: _chain(
+        draw,
+        "invest",
+        [("stock", {"ticker": "ticker"}), ("calculator", {"expression": "{price} * {count}"})],
+        ["ticker", "count"],
+    ),
+    lambda draw: _chain(draw, "refund", [("order", {"order": "order"}), ("refund", {"order": "order"})], ["order"]),
+)

@@ -13,7 +13,14 @@ Legend: T tokens = rows, D hidden, L window, N blocks.
 from torch import Tensor
 
 from lfm.kernels.forward_batch import ForwardBatch
-from lfm.kernels.stream_gemm import Tile, choose_tile, launch_options, load_tile, stream_dot, token_slots
+from lfm.kernels.stream_gemm import (
+    Tile,
+    launch_options,
+    load_ahead,
+    select,
+    stream_dot,
+    token_slots,
+)
 from lfm.kernels.triton_guard import has_dependent_launch, tl, triton
 from lfm.kernels.weights import Linear, Norm
 
@@ -22,39 +29,41 @@ STEP_TILE = (8, 128)
 
 
 @triton.jit
-def load_taps(
-    tails_ptr, block_stride, column_stride, read_ptr, positions_ptr, n, t, inside, T,
+def conv_token(
+    b, c, x, before, last_weight, taps, new_tail, inside, column_stride,
     WINDOW: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """u at the WINDOW - 1 positions before each token, oldest first: [COLUMNS, n, t]; zero before position 0."""
-    column = tl.arange(0, COLUMNS)[:, None, None]
-    position = tl.load(positions_ptr + t, mask=t < T, other=0)
-    block = tl.load(read_ptr + t, mask=t < T, other=0)
-    is_there = inside[None] & (column < WINDOW - 1) & (position >= WINDOW - 1 - column)
-    pointers = tails_ptr + (block * block_stride + n)[None] + column * column_stride
-    return tl.load(pointers, mask=is_there, other=0.0)
+    """y [t, n] of the gates and the input of one token per row; stores the row's new tail."""
+    u = (b * x).to(taps.dtype)
+    if WINDOW > 1:
+        column = tl.arange(0, COLUMNS)[:, None, None]
+        kept = inside[None] & (column > 0) & (column < WINDOW - 1)
+        tl.store(new_tail[None] + (column - 1) * column_stride, taps, mask=kept)
+        tl.store(new_tail + (WINDOW - 2) * column_stride, u, mask=inside)
+    return c * (before + u.to(tl.float32) * last_weight)
 
 
 @triton.jit
-def conv_token(
-    b, c, x, taps, conv_ptr, conv_bias_ptr, tails_ptr, block_stride, column_stride, write_ptr, n, t, inside, D, T,
-    WINDOW: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr,
+def load_step(
+    conv_ptr, conv_bias_ptr, positions_ptr, read_ptr, write_ptr, tails_ptr, block_stride, column_stride, t, n, T, D,
+    WINDOW: tl.constexpr, COLUMNS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """y [n, t] of the gates and the input of one token per row; writes the row's new tail. Reads no tail."""
+    """What the step needs beside the gates: the part of z from before the token [t, n], the token's weight [1, n], u at
+    the WINDOW - 1 positions before it (oldest first, zero before position 0) [COLUMNS, t, n], where the new tail goes.
+    """
     column = tl.arange(0, COLUMNS)[:, None, None]
-    u = (b * x).to(tails_ptr.dtype.element_ty)
-    z = u.to(tl.float32) * tl.load(conv_ptr + n * WINDOW + WINDOW - 1, mask=n < D, other=0.0).to(tl.float32)
-    if WINDOW > 1:
-        is_tap = column < WINDOW - 1
-        weights = tl.load(conv_ptr + n[None] * WINDOW + column, mask=is_tap & (n < D)[None], other=0.0)
-        z += tl.sum(taps.to(tl.float32) * weights.to(tl.float32), 0)
-        block = tl.load(write_ptr + t, mask=t < T, other=0)
-        tail = tails_ptr + block * block_stride + n
-        tl.store(tail[None] + (column - 1) * column_stride, taps, mask=inside[None] & is_tap & (column > 0))
-        tl.store(tail + (WINDOW - 2) * column_stride, u, mask=inside)
-    if HAS_BIAS:
-        z += tl.load(conv_bias_ptr + n, mask=n < D, other=0.0).to(tl.float32)
-    return c * z
+    is_tap = (column < WINDOW - 1) & (n < D)[None]
+    position = tl.load(positions_ptr + t, mask=t < T, other=0)
+    old_tail = tails_ptr + tl.load(read_ptr + t, mask=t < T, other=0) * block_stride + n
+    new_tail = tails_ptr + tl.load(write_ptr + t, mask=t < T, other=0) * block_stride + n
+    is_there = is_tap & (t < T)[None] & (position >= WINDOW - 1 - column)
+    taps = tl.load(old_tail[None] + column * column_stride, mask=is_there, other=0.0)
+    weights = tl.load(conv_ptr + n[None] * WINDOW + column, mask=is_tap, other=0.0)
+    before = tl.sum(taps.to(tl.float32) * weights.to(tl.float32), 0)
+    if HAS_CONV_BIAS:
+        before += tl.load(conv_bias_ptr + n, mask=n < D, other=0.0).to(tl.float32)
+    last_weight = tl.load(conv_ptr + n * WINDOW + WINDOW - 1, mask=n < D, other=0.0).to(tl.float32)
+    return before, last_weight, taps, new_tail
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -62,36 +71,33 @@ def conv_in_kernel(
     h_ptr, gain_ptr, w_ptr, bias_ptr, conv_ptr, conv_bias_ptr, positions_ptr, read_ptr, write_ptr, tails_ptr, y_ptr,
     T, h_stride, w_stride, block_stride, column_stride, eps,
     D: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    WARPS: tl.constexpr, RUNS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    WARPS: tl.constexpr, RUNS: tl.constexpr, AHEAD: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_CONV_BIAS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """y [T, D] of h [T, D], w [3 D, D], conv [D, WINDOW], tails [N, WINDOW - 1, D] for one token per row."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
     first = tl.program_id(0) * ROWS
-    n, t = first + tl.arange(0, ROWS)[:, None], tl.arange(0, TOKENS)[None, :]
-    inside = (n < D) & (t < T)
-    w = load_tile(w_ptr, w_stride, first, D, D, 0, D, ROWS, 3, WARPS, RUNS)
-    taps = load_taps(
-        tails_ptr, block_stride, column_stride, read_ptr, positions_ptr, n, t, inside, T, WINDOW, COLUMNS
+    t, n = tl.arange(0, TOKENS)[:, None], first + tl.arange(0, ROWS)[None, :]
+    tiles = load_ahead(w_ptr, w_stride, first, D, D, D, ROWS, 3, WARPS, RUNS, AHEAD)
+    before, last_weight, taps, new_tail = load_step(
+        conv_ptr, conv_bias_ptr, positions_ptr, read_ptr, write_ptr, tails_ptr, block_stride, column_stride, t, n, T, D,
+        WINDOW, COLUMNS, HAS_CONV_BIAS,
     )  # fmt: skip
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
     bcx = stream_dot(
-        w, h_ptr, h_stride, gain_ptr, w_ptr, w_stride, first, D, D, T, eps,
-        D, ROWS, 3, TOKENS, WARPS, RUNS, True,
+        tiles, h_ptr, h_stride, gain_ptr, w_ptr, w_stride, first, D, D, T, eps,
+        D, ROWS, 3, TOKENS, WARPS, RUNS, AHEAD, True,
     )  # fmt: skip
-    b_and_x, c_and_none = tl.split(bcx.reshape(2, 2, ROWS, TOKENS).permute(2, 3, 0, 1))
-    b, x = tl.split(b_and_x)
-    c, _none = tl.split(c_and_none)
+    bcx = bcx.reshape(TOKENS, 4, ROWS)
+    b, c, x = select(bcx, 0, 4), select(bcx, 1, 4), select(bcx, 2, 4)
     if HAS_BIAS:
         b += tl.load(bias_ptr + n, mask=n < D, other=0.0).to(tl.float32)
         c += tl.load(bias_ptr + D + n, mask=n < D, other=0.0).to(tl.float32)
         x += tl.load(bias_ptr + 2 * D + n, mask=n < D, other=0.0).to(tl.float32)
-    y = conv_token(
-        b, c, x, taps, conv_ptr, conv_bias_ptr, tails_ptr, block_stride, column_stride, write_ptr, n, t, inside, D, T,
-        WINDOW, COLUMNS, HAS_CONV_BIAS,
-    )  # fmt: skip
+    inside = (t < T) & (n < D)
+    y = conv_token(b, c, x, before, last_weight, taps, new_tail, inside, column_stride, WINDOW, COLUMNS)
     tl.store(y_ptr + t.to(tl.int64) * D + n, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -105,23 +111,21 @@ def conv_step_kernel(
     """y [T, D] of b, c, x [T, 3 D]; the rest as in `conv_in_kernel`."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[None, :]
-    n = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
-    inside = (n < D) & (t < T)
-    taps = load_taps(
-        tails_ptr, block_stride, column_stride, read_ptr, positions_ptr, n, t, inside, T, WINDOW, COLUMNS
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    n = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    before, last_weight, taps, new_tail = load_step(
+        conv_ptr, conv_bias_ptr, positions_ptr, read_ptr, write_ptr, tails_ptr, block_stride, column_stride, t, n, T, D,
+        WINDOW, COLUMNS, HAS_CONV_BIAS,
     )  # fmt: skip
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
+    inside = (t < T) & (n < D)
     bcx = bcx_ptr + t.to(tl.int64) * (3 * D) + n
     b = tl.load(bcx, mask=inside, other=0.0).to(tl.float32)
     c = tl.load(bcx + D, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(bcx + 2 * D, mask=inside, other=0.0).to(tl.float32)
-    tl.debug_barrier()  # every lane has its taps before any lane writes a tail
-    y = conv_token(
-        b, c, x, taps, conv_ptr, conv_bias_ptr, tails_ptr, block_stride, column_stride, write_ptr, n, t, inside, D, T,
-        WINDOW, COLUMNS, HAS_CONV_BIAS,
-    )  # fmt: skip
+    tl.debug_barrier()  # every lane has its taps before any lane stores a tail
+    y = conv_token(b, c, x, before, last_weight, taps, new_tail, inside, column_stride, WINDOW, COLUMNS)
     tl.store(y_ptr + t.to(tl.int64) * D + n, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -131,12 +135,10 @@ def _columns(window: int) -> int:
 
 
 def stream_conv_in(
-    h_TD: Tensor, norm: Norm, in_proj: Linear, conv: Linear, batch: ForwardBatch, tails_NLD: Tensor, *,
-    tile: Tile | None = None,
-) -> Tensor:  # fmt: skip
-    """Norm, projection, gates, convolution and tails of at most MAX_TOKENS rows of one token each: y [T, D]."""
+    h_TD: Tensor, norm: Norm, in_proj: Linear, conv: Linear, batch: ForwardBatch, tails_NLD: Tensor, tile: Tile
+) -> Tensor:
+    """Norm, projection, gates, convolution and tails of a few rows of one token each: y [T, D]."""
     num_tokens, hidden = h_TD.shape
-    tile = tile or choose_tile("conv_in", num_tokens, hidden, hidden)
     window = conv.weight.shape[1]
     y_TD = h_TD.new_empty(num_tokens, hidden)
     conv_in_kernel[(triton.cdiv(hidden, tile.rows),)](

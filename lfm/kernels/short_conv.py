@@ -15,7 +15,7 @@ from lfm.kernels.conv_chunks import conv_chunks
 from lfm.kernels.conv_step import conv_step, stream_conv_in
 from lfm.kernels.forward_batch import ForwardBatch
 from lfm.kernels.norm import norm_project, project_ref, rms_norm_ref, widen
-from lfm.kernels.stream_gemm import can_stream
+from lfm.kernels.stream_gemm import find_tile
 from lfm.kernels.triton_guard import runs_triton
 from lfm.kernels.weights import Linear, Norm
 
@@ -88,7 +88,7 @@ def conv_in(h_TD: Tensor, norm: Norm, in_proj: Linear, conv: Linear, batch: Forw
     if not runs_triton(h_TD) or conv.weight.stride() != (conv.weight.shape[1], 1):
         return conv_in_ref(h_TD, norm, in_proj, conv, batch, tails_NLD)
     is_decode = batch.rows_T.shape[0] == batch.starts_S.shape[0] == batch.tail_write_W.shape[0]
-    if is_decode and can_stream(h_TD, in_proj.weight):
-        return stream_conv_in(h_TD, norm, in_proj, conv, batch, tails_NLD)
+    if is_decode and (tile := find_tile("conv_in", h_TD, in_proj.weight)):
+        return stream_conv_in(h_TD, norm, in_proj, conv, batch, tails_NLD, tile)
     bcx_T3D = norm_project(h_TD, norm, in_proj)
     return (conv_step if is_decode else conv_chunks)(bcx_T3D, conv, batch, tails_NLD)

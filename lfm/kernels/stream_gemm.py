@@ -5,7 +5,7 @@
 A program owns ROWS rows of W and all of K, so nothing is reduced between programs, and a token's result depends on no
 other token. Its warps share K; each keeps its part of W and x in registers, loaded in the order in which the tensor
 cores take their operands (see `load_tile`), so that W never passes through shared memory. The norm costs no pass of its
-own: W is multiplied with x * gain, and the sum of squares, from the same registers, scales the result. A program reads
+own: W is multiplied with x * gain, and the mean of squares, from the same registers, scales the result. A program reads
 W before it waits for the kernel in front (programmatic dependent launch), so that memory is busy between kernels too.
 
 Bytes: N K 2 of W once; T K 2 of x per program, from L2. Rounding: x * gain to the activation dtype; all else in fp32
@@ -21,19 +21,18 @@ from torch import Tensor
 from lfm.kernels.triton_guard import has_dependent_launch, runs_triton, tl, triton
 from lfm.kernels.weights import Linear, Norm
 
-MAX_TOKENS = 32
-
 
 class Tile(NamedTuple):
     """What a program holds at a time: rows of W, by the warps that share K, by runs of 32 inputs per warp.
 
-    `registers` per thread decide how many programs share a multiprocessor; the assembler, left alone, spends too few of
-    them on loads in flight.
+    `ahead` such parts of W are loaded before the first is used. `registers` per thread decide how many programs share a
+    multiprocessor; left alone, the assembler spends too few of them on loads in flight.
     """
 
     rows: int
     warps: int
     runs: int
+    ahead: int
     registers: int
 
 
@@ -67,52 +66,62 @@ def load_tile(
 
 
 @triton.jit
-def weight_operand(tile, ROWS: tl.constexpr, WARPS: tl.constexpr, RUNS: tl.constexpr):
-    """The tile [WARPS, ROWS, RUNS * 32], without moving anything."""
+def operand(tile, ROWS: tl.constexpr, WARPS: tl.constexpr, RUNS: tl.constexpr):
+    """The tile of `load_tile` as [WARPS, ROWS, RUNS * 32], without moving anything."""
     parts = tile.reshape(ROWS // 8, RUNS, WARPS, 8, 4, 2, 2, 2)
     return parts.permute(2, 0, 3, 1, 5, 6, 4, 7).reshape(WARPS, ROWS, RUNS * 32)
 
 
 @triton.jit
-def token_operand(tile, TOKENS: tl.constexpr, WARPS: tl.constexpr, RUNS: tl.constexpr):
-    """The tile [WARPS, RUNS * 32, TOKENS], without moving anything."""
-    parts = tile.reshape(TOKENS // 8, RUNS, WARPS, 8, 4, 2, 2, 2)
-    return parts.permute(2, 1, 5, 6, 4, 7, 0, 3).reshape(WARPS, RUNS * 32, TOKENS)
+def load_ahead(
+    w_ptr, w_stride, first, limit, group_stride,
+    K: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, RUNS: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """The first AHEAD tiles of the program's weights: for before the wait for the kernel in front."""
+    STEP: tl.constexpr = WARPS * RUNS * 32
+    tiles = ()  # type: tuple[Tensor, ...]
+    for i in tl.static_range(AHEAD):
+        if i * STEP < K:
+            tile = load_tile(w_ptr, w_stride, first, limit, group_stride, i * STEP, K, ROWS, GROUPS, WARPS, RUNS)
+            tiles = tiles + (tile,)  # noqa: RUF005  (Triton knows no unpacking)
+    return tiles
 
 
 @triton.jit
 def stream_dot(
-    w, x_ptr, x_stride, gain_ptr, w_ptr, w_stride, first, limit, group_stride, T, eps,
+    tiles, x_ptr, x_stride, gain_ptr, w_ptr, w_stride, first, limit, group_stride, T, eps,
     K: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr,
-    RUNS: tl.constexpr, HAS_NORM: tl.constexpr,
+    RUNS: tl.constexpr, AHEAD: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    """W x^T, or W norm(x)^T, of the program's rows in every group: [G * ROWS, TOKENS] in fp32.
+    """x W^T, or norm(x) W^T, for the program's rows in every group: [TOKENS, G * ROWS] in fp32.
 
-    `w` is the tile at k0 = 0, which the kernel loads before anything that depends on the kernel in front of it.
+    The squares of a token are on the diagonal of x x^T, whose operands are in place already.
     """
     STEP: tl.constexpr = WARPS * RUNS * 32
     ALL_ROWS: tl.constexpr = ROWS * (4 if GROUPS == 3 else GROUPS)
-    acc = tl.zeros([WARPS, ALL_ROWS, TOKENS], tl.float32)
-    squares = tl.zeros([TOKENS * WARPS * RUNS * 4], tl.float32)
-    for k0 in tl.static_range(0, K, STEP):
-        if k0 + STEP < K:  # the next step's weights are on their way while this one's are used
-            following = load_tile(
-                w_ptr, w_stride, first, limit, group_stride, k0 + STEP, K, ROWS, GROUPS, WARPS, RUNS
-            )  # fmt: skip
-        x = load_tile(x_ptr, x_stride, 0, T, 0, k0, K, TOKENS, 1, WARPS, RUNS)
+    acc = tl.zeros([WARPS, TOKENS, ALL_ROWS], tl.float32)
+    squares = tl.zeros([WARPS, TOKENS, TOKENS], tl.float32)
+    for i in tl.static_range((K + STEP - 1) // STEP):
+        x = load_tile(x_ptr, x_stride, 0, T, 0, i * STEP, K, TOKENS, 1, WARPS, RUNS)
         if HAS_NORM:
-            gain = load_tile(gain_ptr, 0, 0, T, 0, k0, K, TOKENS, 1, WARPS, RUNS)
-            x32 = x.to(tl.float32)
-            squares += tl.sum(x32 * x32, 1)
+            gain = load_tile(gain_ptr, 0, 0, T, 0, i * STEP, K, TOKENS, 1, WARPS, RUNS)
+        if (i + AHEAD) * STEP < K:
+            tile = load_tile(
+                w_ptr, w_stride, first, limit, group_stride, (i + AHEAD) * STEP, K, ROWS, GROUPS, WARPS, RUNS
+            )
+            tiles = tiles + (tile,)  # noqa: RUF005
+        if HAS_NORM:
+            plain = operand(x, TOKENS, WARPS, RUNS)
+            squares = tl.dot(plain, tl.trans(plain, (0, 2, 1)), squares)
             x = x * gain
-        weights = weight_operand(w, ALL_ROWS, WARPS, RUNS)
-        acc = tl.dot(weights, token_operand(x, TOKENS, WARPS, RUNS), acc)
-        if k0 + STEP < K:
-            w = following
+        weights = operand(tiles[i], ALL_ROWS, WARPS, RUNS)
+        acc = tl.dot(operand(x, TOKENS, WARPS, RUNS), tl.trans(weights, (0, 2, 1)), acc)
     y = tl.sum(acc, 0)
     if HAS_NORM:
-        mean = tl.sum(tl.sum(squares.reshape(TOKENS // 8, RUNS * WARPS, 8, 4), 3), 1).reshape(TOKENS) / K
-        y *= tl.rsqrt(mean + eps)[None, :]
+        t = tl.arange(0, TOKENS)
+        mean = tl.sum(tl.where(t[:, None] == t[None, :], tl.sum(squares, 0), 0.0), 1) / K
+        y *= tl.rsqrt(mean + eps)[:, None]
     return y
 
 
@@ -120,23 +129,23 @@ def stream_dot(
 def project_kernel(
     x_ptr, gain_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, T, N, x_stride, w_stride, residual_stride, eps,
     K: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr, RUNS: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    AHEAD: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """y [T, N] = [norm(x) or x] [T, K] W^T [K, N] + bias [N] + residual [T, N]."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
     first = tl.program_id(0) * ROWS
-    n, t = first + tl.arange(0, ROWS)[:, None], tl.arange(0, TOKENS)[None, :]
-    inside = (n < N) & (t < T)
-    w = load_tile(w_ptr, w_stride, first, N, 0, 0, K, ROWS, 1, WARPS, RUNS)
+    tiles = load_ahead(w_ptr, w_stride, first, N, 0, K, ROWS, 1, WARPS, RUNS, AHEAD)
+    t, n = tl.arange(0, TOKENS)[:, None], first + tl.arange(0, ROWS)[None, :]
+    inside = (t < T) & (n < N)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + t * residual_stride + n, mask=inside, other=0.0).to(tl.float32)
     y = stream_dot(
-        w, x_ptr, x_stride, gain_ptr, w_ptr, w_stride, first, N, 0, T, eps,
-        K, ROWS, 1, TOKENS, WARPS, RUNS, HAS_NORM,
+        tiles, x_ptr, x_stride, gain_ptr, w_ptr, w_stride, first, N, 0, T, eps,
+        K, ROWS, 1, TOKENS, WARPS, RUNS, AHEAD, HAS_NORM,
     )  # fmt: skip
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
@@ -145,61 +154,68 @@ def project_kernel(
     tl.store(y_ptr + t.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def select(groups, index: tl.constexpr, GROUPS: tl.constexpr):
+    """Group `index` of [t, GROUPS, n]: [t, n]."""
+    group = tl.arange(0, GROUPS)[None, :, None]
+    return tl.sum(tl.where(group == index, groups, 0.0), 1)
+
+
 @triton.jit(do_not_specialize=["T"])
 def gate_up_kernel(
     x_ptr, gain_ptr, w_ptr, y_ptr, T, N, x_stride, w_stride, eps,
     K: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr, RUNS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """y [T, N] = silu(norm(x) Wg^T) * (norm(x) Wu^T); w [2 N, K] holds the rows of Wg, then of Wu."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
     first = tl.program_id(0) * ROWS
-    w = load_tile(w_ptr, w_stride, first, N, N, 0, K, ROWS, 2, WARPS, RUNS)
+    tiles = load_ahead(w_ptr, w_stride, first, N, N, K, ROWS, 2, WARPS, RUNS, AHEAD)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
     both = stream_dot(
-        w, x_ptr, x_stride, gain_ptr, w_ptr, w_stride, first, N, N, T, eps,
-        K, ROWS, 2, TOKENS, WARPS, RUNS, True,
+        tiles, x_ptr, x_stride, gain_ptr, w_ptr, w_stride, first, N, N, T, eps,
+        K, ROWS, 2, TOKENS, WARPS, RUNS, AHEAD, True,
     )  # fmt: skip
-    gate, up = tl.split(both.reshape(2, ROWS, TOKENS).permute(1, 2, 0))
-    n, t = first + tl.arange(0, ROWS)[:, None], tl.arange(0, TOKENS)[None, :]
+    both = both.reshape(TOKENS, 2, ROWS)
+    gate, up = select(both, 0, 2), select(both, 1, 2)
+    t, n = tl.arange(0, TOKENS)[:, None], first + tl.arange(0, ROWS)[None, :]
     y = gate * tl.sigmoid(gate) * up
-    tl.store(y_ptr + t.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=(n < N) & (t < T))
+    tl.store(y_ptr + t.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=(t < T) & (n < N))
 
 
-# (what, token slots) -> tile.
+# (what, room for tokens) -> tile: the best on an H200 at D = 2048. Where one is missing, the library is as fast.
 TILES = {
-    ("project", 8): Tile(16, 8, 8, 128),
-    ("project", 16): Tile(16, 8, 8, 168),
-    ("project", 32): Tile(16, 8, 4, 168),
-    ("gate_up", 8): Tile(8, 8, 8, 128),
-    ("gate_up", 16): Tile(8, 8, 4, 128),
-    ("gate_up", 32): Tile(8, 8, 4, 168),
-    ("conv_in", 8): Tile(8, 8, 4, 128),
-    ("conv_in", 16): Tile(8, 8, 4, 168),
-    ("conv_in", 32): Tile(8, 8, 4, 255),
+    ("project", 8): Tile(8, 4, 8, 2, 128),
+    ("project", 16): Tile(16, 4, 16, 1, 255),
+    ("norm_project", 8): Tile(16, 4, 16, 1, 255),
+    ("project_add", 8): Tile(8, 4, 16, 1, 168),
+    ("project_add", 16): Tile(16, 4, 16, 1, 255),
+    ("down", 8): Tile(8, 8, 8, 1, 128),  # project_add of many inputs
+    ("gate_up", 8): Tile(8, 4, 16, 1, 255),
+    ("conv_in", 8): Tile(8, 4, 4, 2, 184),
+    ("conv_in", 16): Tile(8, 4, 8, 1, 255),
 }
-
-
-def choose_tile(what: str, num_tokens: int, num_outputs: int, num_inputs: int) -> Tile:
-    """The tile of a kernel at these sizes."""
-    return TILES[what, token_slots(num_tokens)]
-
-
-def can_stream(x: Tensor, weight_NK: Tensor) -> bool:
-    """Whether the streaming kernels take these, and are the faster choice."""
-    return (
-        runs_triton(x)
-        and 0 < x.shape[0] <= MAX_TOKENS
-        and x.stride(1) == weight_NK.stride(1) == 1
-        and weight_NK.shape[1] % 8 == 0
-    )
+MANY_INPUTS = 4096
 
 
 def token_slots(num_tokens: int) -> int:
-    """Tokens that a program has room for: 8, 16 or 32."""
+    """The tokens that a program has room for."""
     return max(8, 1 << (num_tokens - 1).bit_length())
+
+
+def find_tile(what: str, x: Tensor, weight_NK: Tensor) -> Tile | None:
+    """The tile for x W^T if the kernels of this file take these tensors and are the fastest choice."""
+    num_inputs = weight_NK.shape[1]
+    takes = runs_triton(x) and x.stride(-1) == weight_NK.stride(-1) == 1 and num_inputs % 8 == 0
+    if not takes or x.shape[0] == 0:
+        return None
+    name = "down" if what == "project_add" and num_inputs > MANY_INPUTS else what
+    tile = TILES.get((name, token_slots(x.shape[0])))
+    if tile is None:
+        return None
+    return tile._replace(runs=min(tile.runs, -(-triton.next_power_of_2(num_inputs) // (32 * tile.warps))))
 
 
 def launch_options(tile: Tile, device: torch.device) -> dict[str, int | bool]:
@@ -208,17 +224,21 @@ def launch_options(tile: Tile, device: torch.device) -> dict[str, int | bool]:
     is_dependent = has_dependent_launch(device)
     if device.type == "cuda":
         options |= {"maxnreg": tile.registers, "launch_pdl": is_dependent}
-    return {"WARPS": tile.warps, "RUNS": tile.runs, "ROWS": tile.rows, "DEPENDENT": is_dependent} | options
+    return {
+        "WARPS": tile.warps,
+        "RUNS": tile.runs,
+        "ROWS": tile.rows,
+        "AHEAD": tile.ahead,
+        "DEPENDENT": is_dependent,
+    } | options
 
 
 def stream_project(
-    x_TK: Tensor, projection: Linear, *, norm: Norm | None = None, residual_TN: Tensor | None = None,
-    tile: Tile | None = None,
-) -> Tensor:  # fmt: skip
-    """The projection of at most MAX_TOKENS tokens, with a norm in front or a residual behind it [T, N]."""
+    x_TK: Tensor, projection: Linear, tile: Tile, *, norm: Norm | None = None, residual_TN: Tensor | None = None
+) -> Tensor:
+    """The projection of a few tokens, with a norm in front or a residual behind it [T, N]."""
     weight_NK, bias_N = projection
     (num_tokens, num_inputs), num_outputs = x_TK.shape, weight_NK.shape[0]
-    tile = tile or choose_tile("project", num_tokens, num_outputs, num_inputs)
     y_TN = x_TK.new_empty(num_tokens, num_outputs)
     project_kernel[(triton.cdiv(num_outputs, tile.rows),)](
         x_TK,
@@ -243,10 +263,9 @@ def stream_project(
     return y_TN
 
 
-def stream_gate_up(x_TK: Tensor, norm: Norm, gate_up_2IK: Tensor, *, tile: Tile | None = None) -> Tensor:
-    """silu(norm(x) Wg^T) * (norm(x) Wu^T) of at most MAX_TOKENS tokens [T, I]; a tile has `rows` of each."""
+def stream_gate_up(x_TK: Tensor, norm: Norm, gate_up_2IK: Tensor, tile: Tile) -> Tensor:
+    """silu(norm(x) Wg^T) * (norm(x) Wu^T) of a few tokens [T, I]; a tile has `rows` of each matrix."""
     (num_tokens, num_inputs), width = x_TK.shape, gate_up_2IK.shape[0] // 2
-    tile = tile or choose_tile("gate_up", num_tokens, width, num_inputs)
     y_TI = x_TK.new_empty(num_tokens, width)
     gate_up_kernel[(triton.cdiv(width, tile.rows),)](
         x_TK,

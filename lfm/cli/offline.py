@@ -5,6 +5,7 @@ the device's memory and arithmetic allow (`lfm.model.limits`); it is null for de
 """
 
 import contextlib
+import gc
 import json
 import math
 import random
@@ -93,10 +94,24 @@ def measure(config: EngineConfig, workloads: Sequence[Workload], *, num_runs: in
         group = [workload for workload in workloads if bool(workload.shared_tokens) is has_prefix]
         if not group:
             continue
-        with load_llm(replace(config, prefix_caching=has_prefix)) as llm:
-            for workload in group:
-                note(f"{workload.name}: one run to warm up, {num_runs} timed")
-                yield _measure(llm, workload, config=config, num_runs=num_runs, facts=facts)
+        yield from _measure_group(replace(config, prefix_caching=has_prefix), group, num_runs=num_runs, facts=facts)
+        _free_device_memory()
+
+
+def _measure_group(
+    config: EngineConfig, workloads: Sequence[Workload], *, num_runs: int, facts: Facts
+) -> Iterator[Result]:
+    with load_llm(config) as llm:
+        for workload in workloads:
+            note(f"{workload.name}: one run to warm up, {num_runs} timed")
+            yield _measure(llm, workload, config=config, num_runs=num_runs, facts=facts)
+
+
+def _free_device_memory() -> None:
+    """Give back what an engine that nobody holds any more took: the next one needs all of it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _measure(llm: LLM, workload: Workload, *, config: EngineConfig, num_runs: int, facts: Facts) -> Result:

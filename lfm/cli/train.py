@@ -1,4 +1,4 @@
-"""`lfm train tokenizer|pretrain|sft`: train from a recipe, in this process.
+"""`lfm train tokenizer|pretrain|sft|builtin`: train from a recipe, in this process.
 
 The same command resumes what was stopped. Ctrl-C ends after the step that runs, with a checkpoint; a second one ends
 at once.
@@ -6,6 +6,7 @@ at once.
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,13 +43,9 @@ def tokenizer(recipe: RecipeArgument, dry_run: DryRunFlag = False, debug: option
     if dry_run:
         note(f"tokenizer: {settings.tokenizer.vocab_size:,} tokens, into {settings.tokenizer.output}")
         return
-    phases = PhaseLine()
-    try:
+    with _phases() as phases:
         folder = run_recipe(settings, on_progress=phases)
-    except BaseException:
-        phases.close()
-        raise
-    phases.finish(f"the tokenizer is in {folder}")
+        phases.finish(f"the tokenizer is in {folder}")
 
 
 @train.command()
@@ -59,7 +56,7 @@ def pretrain(
     debug: options.DebugFlag = False,
 ) -> None:
     """Train on whole texts and conversations: every token counts."""
-    _run(recipe, "pretrain", dry_run=dry_run, minutes=minutes)
+    _train(recipe, "pretrain", dry_run=dry_run, minutes=minutes)
 
 
 @train.command()
@@ -70,10 +67,31 @@ def sft(
     debug: options.DebugFlag = False,
 ) -> None:
     """Fine-tune on conversations: only the assistant's turns count."""
-    _run(recipe, "sft", dry_run=dry_run, minutes=minutes)
+    _train(recipe, "sft", dry_run=dry_run, minutes=minutes)
 
 
-def _run(path: Path, kind: Literal["pretrain", "sft"], *, dry_run: bool, minutes: float | None) -> None:
+@train.command()
+def builtin(minutes: MinutesFlag = None, debug: options.DebugFlag = False) -> None:
+    """Make the built-in model from nothing: its tokenizer, pretraining, SFT. Writes into runs/builtin."""
+    from lfm.train.export import RECIPES, export_model, recipe_path
+
+    began_s = time.monotonic()
+    tokenizer(recipe_path(RECIPES["tokenizer"]))
+    folder: Path | None = None
+    for kind in ("pretrain", "sft"):
+        left = None if minutes is None else minutes - (time.monotonic() - began_s) / 60
+        if left is not None and left <= 0:
+            note("the time is up; the same command goes on")
+            return
+        folder = _train(recipe_path(RECIPES[kind]), kind, dry_run=False, minutes=left)
+        if folder is None:
+            return
+    assert folder is not None, "there are two stages"
+    note(f"the model is in {export_model(folder, Path('runs/builtin/model'))}")
+
+
+def _train(path: Path, kind: Literal["pretrain", "sft"], *, dry_run: bool, minutes: float | None) -> Path | None:
+    """Run a recipe; return the last checkpoint if all steps are done. Exits with 130 if the run was interrupted."""
     from lfm.train.recipe import TrainRecipe, read_recipe
 
     recipe = read_recipe(path, TrainRecipe)
@@ -81,27 +99,34 @@ def _run(path: Path, kind: Literal["pretrain", "sft"], *, dry_run: bool, minutes
         raise UsageError(f"--minutes {minutes:g} is out of range. Allowed: above 0.")
     if dry_run:
         _describe(recipe)
-        return
+        return None
     from lfm.train.session import train as train_model
 
-    phases = PhaseLine()
-    with _interrupts() as was_interrupted:
-        try:
-            outcome = train_model(
-                recipe,
-                kind,
-                minutes=recipe.run.minutes if minutes is None else minutes,
-                should_stop=was_interrupted,
-                on_progress=phases,
-            )
-        except BaseException:
-            phases.close()
-            raise
-    state = "finished" if outcome.is_finished else "stopped; the same command goes on"
-    loss = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
-    phases.finish(f"{state} after {outcome.num_steps} steps{loss}: {outcome.checkpoint}")
+    with _interrupts() as was_interrupted, _phases() as phases:
+        outcome = train_model(
+            recipe,
+            kind,
+            minutes=recipe.run.minutes if minutes is None else minutes,
+            should_stop=was_interrupted,
+            on_progress=phases,
+        )
+        state = "finished" if outcome.is_finished else "stopped; the same command goes on"
+        loss = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
+        phases.finish(f"{state} after {outcome.num_steps} steps{loss}: {outcome.checkpoint}")
     if was_interrupted() and not outcome.is_finished:
         raise typer.Exit(EXIT_INTERRUPTED)
+    return outcome.checkpoint if outcome.is_finished else None
+
+
+@contextmanager
+def _phases() -> Iterator[PhaseLine]:
+    """A display of progress that leaves the terminal tidy after a failure."""
+    phases = PhaseLine()
+    try:
+        yield phases
+    except BaseException:
+        phases.close()
+        raise
 
 
 def _describe(recipe: "TrainRecipe") -> None:

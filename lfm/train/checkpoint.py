@@ -66,14 +66,26 @@ def remove_old_checkpoints(output: Path, *, keep: int) -> None:
 
 def load_checkpoint(folder: Path, *, device: torch.device) -> Checkpoint:
     """Read a trainer's state. Raises ModelError if it is damaged."""
-    path = folder / "training" / _STATE
+    state = read_state(folder)
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return Checkpoint(state, read_tensors(path.with_name(_TENSORS), device=device))
-    except (OSError, ValueError, ModelError) as error:
-        raise ModelError(
-            f"The checkpoint {folder} is damaged ({error}). Remove it; the same command resumes from the one before."
-        ) from error
+        return Checkpoint(state, read_tensors(folder / "training" / _TENSORS, device=device))
+    except (OSError, ModelError) as error:
+        raise _damaged(folder, error) from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The part of a trainer's state that is JSON. Raises ModelError if it is damaged."""
+    try:
+        state: dict[str, Any] = json.loads((folder / "training" / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+    return state
+
+
+def _damaged(folder: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"The checkpoint {folder} is damaged ({error}). Remove it; the same command resumes from the one before."
+    )
 
 
 def _write_all(folder: Path, model: Lfm2, checkpoint: Checkpoint, tokenizer_folder: Path) -> None:

@@ -24,6 +24,7 @@ from lfm.train.checkpoint import (
     Checkpoint,
     checkpoint_folders,
     load_checkpoint,
+    read_state,
     remove_old_checkpoints,
     save_checkpoint,
 )
@@ -75,11 +76,24 @@ def find_origin(recipe: TrainRecipe) -> Origin:
         assert tokenizer is not None, "the recipe was checked"
         return Origin(config_of(model.shape, load_tokenizer(Path(tokenizer))), Path(tokenizer), None)
     assert model.start is not None, "the recipe was checked"
-    checkpoints = checkpoint_folders(Path(model.start))
-    source = resolve_model(str(checkpoints[-1]) if checkpoints else model.start)
+    source = resolve_model(str(_finished_checkpoint(Path(model.start)) or model.start))
     if source.folder is None:
         raise UsageError(f"model.start={model.start} has no weights to start from. Give a folder or a hub id.")
     return Origin(source.config, Path(tokenizer) if tokenizer else source.folder, source.folder)
+
+
+def _finished_checkpoint(output: Path) -> Path | None:
+    """The last checkpoint of another run's output folder; None if the folder is none. UsageError if it is not done."""
+    folders = checkpoint_folders(output)
+    if not folders:
+        return None
+    state = read_state(folders[-1])
+    if state["step"] < state["num_steps"]:
+        raise UsageError(
+            f"model.start: the run in {output} stopped at step {state['step']} of {state['num_steps']}. Let it finish, "
+            f"or name the folder of a checkpoint, such as {folders[-1]}."
+        )
+    return folders[-1]
 
 
 def choose_device(recipe: TrainRecipe) -> tuple[torch.device, torch.dtype]:
@@ -217,7 +231,8 @@ class _Run:
 
     def _save(self) -> Path:
         """Write a checkpoint of where the run is, and the plot. Old checkpoints go only after that."""
-        state = {**asdict(self._progress), "fingerprint": fingerprint(self._recipe, self._kind)}
+        num_steps = self._recipe.schedule.steps
+        state = {**asdict(self._progress), "num_steps": num_steps, "fingerprint": fingerprint(self._recipe, self._kind)}
         checkpoint = Checkpoint(state, self._learner.state())
         folder = save_checkpoint(
             self._output,

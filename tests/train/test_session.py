@@ -82,8 +82,8 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path: Path, dtype: str) -> None:
 
 
 def test_steps_beyond_the_newest_checkpoint_are_done_again_with_the_same_result(tmp_path: Path) -> None:
-    """What a killed process leaves: metrics of 20 steps, half a line, and a checkpoint of 10."""
-    raw = recipe_dict(tmp_path, save_every_steps=10)
+    """What a killed process leaves: metrics of 6 steps, half a line, and a checkpoint of 3."""
+    raw = recipe_dict(tmp_path, save_every_steps=3) | {"schedule": {"steps": 6}}
     outcome = run(raw)
     expected = files_in(outcome.checkpoint)["model.safetensors"]
     before = [m.loss for m in read_metrics(tmp_path / "run" / "metrics.jsonl")]
@@ -91,7 +91,7 @@ def test_steps_beyond_the_newest_checkpoint_are_done_again_with_the_same_result(
         path.rmdir() if path.is_dir() else path.unlink()
     outcome.checkpoint.rmdir()
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 20, "lo')
+        file.write('{"step": 6, "lo')
     again = run(raw)
     assert files_in(again.checkpoint)["model.safetensors"] == expected
     assert [m.loss for m in read_metrics(tmp_path / "run" / "metrics.jsonl")] == before
@@ -123,14 +123,13 @@ def test_accumulated_micro_batches_have_the_gradient_of_the_whole_batch(tmp_path
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    run(recipe_dict(tmp_path, save_every_steps=5, keep_checkpoints=2))
-    assert [path.name for path in checkpoint_folders(tmp_path / "run")] == ["step-00000015", "step-00000020"]
+    run(recipe_dict(tmp_path, save_every_steps=1, keep_checkpoints=2) | {"schedule": {"steps": 4}})
+    assert [path.name for path in checkpoint_folders(tmp_path / "run")] == ["step-00000003", "step-00000004"]
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
 
 
 def test_what_is_saved_loads_in_transformers_and_serves_the_trainers_logits(tmp_path: Path) -> None:
-    raw = recipe_dict(tmp_path)
-    folder = run(raw).checkpoint
+    folder = run(recipe_dict(tmp_path) | {"schedule": {"steps": 5}}).checkpoint
     source = resolve_model(str(folder))
     ours = Lfm2(source.config)
     load_weights(ours, folder, device=torch.device("cpu"), dtype=torch.float32)
@@ -150,7 +149,7 @@ def test_what_is_saved_loads_in_transformers_and_serves_the_trainers_logits(tmp_
 
 
 def test_a_run_can_start_from_another_runs_output(tmp_path: Path) -> None:
-    raw = recipe_dict(tmp_path)
+    raw = recipe_dict(tmp_path) | {"schedule": {"steps": 8}}
     first = run(raw)
     tuned = raw | {"model": {"start": str(tmp_path / "run")}, "run": raw["run"] | {"output": str(tmp_path / "tuned")}}
     tuned["data"] = {name: value for name, value in raw["data"].items() if name != "tokenizer"}
@@ -158,10 +157,20 @@ def test_a_run_can_start_from_another_runs_output(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "tuned" / "metrics.jsonl")[0].loss < first.loss + 0.5
 
 
+def test_a_run_does_not_start_from_one_that_is_not_done(tmp_path: Path) -> None:
+    raw = recipe_dict(tmp_path)
+    outcome = run(raw, should_stop=stop_after(1))
+    tuned = raw | {"model": {"start": str(tmp_path / "run")}, "run": raw["run"] | {"output": str(tmp_path / "tuned")}}
+    with pytest.raises(UsageError, match=r"stopped at step 1 of 20. Let it finish"):
+        run(tuned)
+    tuned = tuned | {"model": {"start": str(outcome.checkpoint)}, "schedule": {"steps": 1}}
+    assert run(tuned).is_finished
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw = recipe_dict(tmp_path, save_every_steps=5)
+    raw = recipe_dict(tmp_path, save_every_steps=5) | {"schedule": {"steps": 10}}
     original = learner.chunked_cross_entropy
     calls = []
 
@@ -180,18 +189,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = recipe_dict(tmp_path, save_every_steps=10)
-    run(raw, should_stop=stop_after(10))
+    raw = recipe_dict(tmp_path) | {"schedule": {"steps": 4}}
+    run(raw, should_stop=stop_after(2))
 
     def full(path: Path, tensors: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "write_tensors", full)
-        with pytest.raises(MachineError, match=r"disk is full.*step-00000020"):
+        with pytest.raises(MachineError, match=r"disk is full.*step-00000004"):
             run(raw)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000010"]
-    assert run(raw).num_steps == 20
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert run(raw).num_steps == 4
 
 
 def test_a_recipe_that_disagrees_with_the_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -206,11 +215,11 @@ def test_a_recipe_that_disagrees_with_the_checkpoint_is_refused(tmp_path: Path) 
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    raw = recipe_dict(tmp_path, save_every_steps=10)
+    raw = recipe_dict(tmp_path) | {"schedule": {"steps": 2}}
     outcome = run(raw)
     path = outcome.checkpoint / "training" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ModelError, match=r"step-00000020 is damaged"):
+    with pytest.raises(ModelError, match=r"step-00000002 is damaged"):
         run(raw)
 
 

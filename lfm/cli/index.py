@@ -95,7 +95,7 @@ def search(
     with _opened(index_folder, embeddings=embeddings) as opened:
         hits = opened.search(" ".join(query), limit=limit)
     for number, hit in enumerate(hits, 1):
-        write_text(_shown(number, hit))
+        write_text(_shown(number, hit, " ".join(query)))
     if not hits:
         note("Nothing found.")
 
@@ -155,8 +155,12 @@ def _show_report(report: "AddReport") -> None:
     )
 
 
-def _shown(number: int, hit: "Hit") -> str:
+def _shown(number: int, hit: "Hit", query: str) -> str:
+    """A hit in three lines: what it is, where it is, and its text from the sentence that matches best."""
+    from lfm.search.citations import supporting_span
+
     where = f" ({hit.location})" if hit.location else ""
-    text = " ".join(hit.chunk.text.split())
+    start, _ = supporting_span(query, hit.chunk.text) or (0, 0)
+    text = " ".join(hit.chunk.text[start:].split())
     text = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
     return f"{number}. {hit.chunk.title}{where}\n   {hit.chunk.path}\n   {text}\n"

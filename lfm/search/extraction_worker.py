@@ -64,7 +64,7 @@ def _answer(job: Job) -> Done | Failed:
     except MemoryError:
         return Failed("needs more memory than a document may use.")
     except ModuleNotFoundError as error:
-        return Failed(f"cannot be read without the package {error.name}. Run: pip install 'lfm-serve[search]'")
+        return Failed(f"cannot be read without the package {error.name}. Install lfm-serve's extra `search`.")
     except Exception as error:  # noqa: BLE001 -- whatever a parser raises on hostile input; the parent gets the cause
         return Failed(f"is damaged: its parser failed ({type(error).__name__}).")
 

@@ -65,7 +65,7 @@ def test_documents_are_added_listed_found_and_removed(lfm: Lfm, folder: Path) ->
     assert len(lfm("list", str(folder)).out.splitlines()) == 3
     found = lfm("search", "what", "moves", "WATER?")
     assert found.code == 0
-    assert found.out == f"1. Pumps\n   {folder}/pump.md\n   # Pumps A pump moves water.\n"
+    assert found.out == f"1. Pumps\n   {folder}/pump.md\n   A pump moves water.\n"
     assert f"{folder}/tokyo.md" in lfm("search", "首都").out
     assert lfm("remove", str(folder / "pump.md")).out == "Removed 1 documents.\n"
     assert lfm("search", "water").out == ""

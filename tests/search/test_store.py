@@ -1,6 +1,8 @@
 """The SQLite file is the truth: whole documents or none, a log of every change, clear words for a file of no use."""
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(path: Path) -> Store:
-    return Store(path)
+def store(path: Path) -> Iterator[Store]:
+    with closing(Store(path)) as store:
+        yield store
 
 
 def test_a_document_comes_back_as_it_was_written(store: Store) -> None:
@@ -106,15 +109,15 @@ def test_the_log_tells_every_change_and_whose_history_it_is(store: Store, tmp_pa
     assert head == changes[-1].position
     assert store.has_passed(changes[2].position)
     assert not store.has_passed(Position(3, b"elsewhere"))
-    other = Store(tmp_path / "other.sqlite")
-    other.write([document("/a.md", "1")])
-    assert not other.has_passed(changes[0].position)
+    with closing(Store(tmp_path / "other.sqlite")) as other:
+        other.write([document("/a.md", "1")])
+        assert not other.has_passed(changes[0].position)
 
 
 def test_two_connections_see_each_other_s_writes(store: Store, path: Path) -> None:
-    other = Store(path)
-    store.write([document("/a.md", "text")])
-    other.write([document("/b.md", "text")])
+    with closing(Store(path)) as other:
+        store.write([document("/a.md", "text")])
+        other.write([document("/b.md", "text")])
     assert [stored.path for stored in store.documents()] == ["/a.md", "/b.md"]
 
 
@@ -148,8 +151,8 @@ def test_a_damaged_page_is_named_when_it_is_read(store: Store, path: Path) -> No
     content = bytearray(path.read_bytes())
     content[4096:] = b"\xff" * (len(content) - 4096)
     path.write_bytes(content)
-    with pytest.raises(IndexFileError, match="is damaged"):
-        Store(path).documents()
+    with closing(Store(path)) as damaged, pytest.raises(IndexFileError, match="is damaged"):
+        damaged.documents()
 
 
 def test_a_database_of_another_program_is_left_alone(path: Path) -> None:

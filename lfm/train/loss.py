@@ -49,7 +49,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # d objective / d z = softmax * (1 + 2 z_weight lse) - onehot; the logits' memory becomes the gradient's
             grad_CV = logits_CV.softmax(-1)
             grad_CV *= (1 + 2 * z_weight * lse_C)[:, None]
-            grad_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=grad_CV.dtype))
+            grad_CV.scatter_(
+                1, index_C1, grad_CV.gather(1, index_C1) - 1
+            )  # an atomic addition would do it in any order
             grad_CV *= has_target_C[:, None]
             grad_CV = grad_CV.to(hidden_TD.dtype)
             grad_hidden_TD[chunk] = grad_CV @ head_VD

@@ -25,18 +25,11 @@ def attend_train(
         return attend_packed(q_THK, k_TGK, v_TGK, batch, k_NGBK, v_NGBK)
     from torch.nn.attention.varlen import varlen_attn  # takes 0.3 s to import, and only a GPU needs it
 
-    starts_S1 = batch.row_starts_S1.to(torch.int32)
-    longest = batch.num_positions
-    out = varlen_attn(
-        q_THK,
-        k_TGK,
-        v_TGK.contiguous(),
-        starts_S1,
-        starts_S1,
-        longest,
-        longest,
-        window_size=(-1, 0),  # causal
-        enable_gqa=q_THK.shape[1] != k_TGK.shape[1],
-    )
+    # The flag for grouped heads came with torch 2.12, so each head gets its own copy of K and V instead.
+    group = q_THK.shape[1] // k_TGK.shape[1]
+    k_THK, v_THK = k_TGK.repeat_interleave(group, dim=1), v_TGK.repeat_interleave(group, dim=1)
+    starts_S1, longest = batch.row_starts_S1.to(torch.int32), batch.num_positions
+    causal = (-1, 0)
+    out = varlen_attn(q_THK, k_THK, v_THK, starts_S1, starts_S1, longest, longest, window_size=causal)
     assert isinstance(out, Tensor)
     return out

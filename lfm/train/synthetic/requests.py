@@ -34,9 +34,8 @@ def full_request(draw: Draw, intent: Intent) -> Request:
     if "free" in phrases and draw.chance(0.35):
         template = draw.phrase(phrases["free"])
     else:
-        template = draw.phrase(phrases["vp"])
-        frame = draw.phrase(draw.table["frames"])
-        template = frame.replace("{vp}", template)
+        action = draw.phrase(phrases["vp"])
+        template = draw.one(_frames(draw, action)).replace("{vp}", action)
     return _request(draw, intent, template)
 
 
@@ -45,6 +44,15 @@ def bare_request(draw: Draw, intent: Intent) -> Request:
     request = _request(draw, intent, draw.phrase(intent.phrases(draw.language)["bare"]))
     assert request.missing, f"{draw.language} {intent.name}: a bare request names everything"
     return request
+
+
+def _frames(draw: Draw, action: str) -> list[str]:
+    """The sentences that an action fits into: "I want to ..." none that says "tell me"."""
+    frames = part_of(draw.table["frames"], draw.split)
+    says_me = any(mark in f" {action} " for mark in draw.table.get("first_person", ()))
+    if "wishes" not in draw.table or says_me:
+        return frames
+    return frames + part_of(draw.table["wishes"], draw.split)
 
 
 def _request(draw: Draw, intent: Intent, template: str) -> Request:

@@ -25,6 +25,11 @@ MAX_PROMPTS = 1024
 MAX_BODY_BYTES = 32 * 1024 * 1024
 MAX_HEADER_BYTES = 32 * 1024
 MAX_PRIORITY = 1_000_000
+MAX_TOOLS = 512
+MAX_SCHEMA_BYTES = 64 * 1024
+MAX_SCHEMAS_BYTES = 1024 * 1024
+MAX_SCHEMA_DEPTH = 32
+MAX_ENUM = 5000
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -65,6 +70,17 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     priority: int = 0
     # None: the engine's own rule (ids of the tokenizer only). False lets ids beyond the tokenizer through (benchmarks).
     mask_padded_ids: bool = True
+
+
+class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the tokens of one sequence must spell: a Lark grammar of llguidance's dialect, made by `lfm.chat.grammar`.
+
+    `trigger_id` None: the grammar holds from the first output token. Else all is free until that token is sampled, and
+    the grammar begins with it. A finished grammar allows the stop tokens alone.
+    """
+
+    text: str
+    trigger_id: int | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

@@ -11,9 +11,22 @@ def render_calls(calls: Sequence[ToolCall]) -> str:
     return "[" + ", ".join(_render_call(call) for call in calls) + "]"
 
 
+def render_json_calls(calls: Sequence[ToolCall]) -> str:
+    """Write calls in the JSON form that the model uses when its system prompt asks for it. Raises as `render_calls`."""
+    return json.dumps([{"name": call.name, "arguments": call.arguments} for call in calls], ensure_ascii=False)
+
+
+def is_keyword(name: str) -> bool:
+    """Whether a call can give an argument of that name as `name=value`: a reader finds where the name ends."""
+    return name.isidentifier() or (bool(name) and all(char.isalnum() or char in "_.$@-" for char in name))
+
+
 def _render_call(call: ToolCall) -> str:
-    arguments = ", ".join(f"{key}={_render_value(value)}" for key, value in call.arguments.items())
-    return f"{call.name}({arguments})"
+    arguments = [f"{key}={_render_value(value)}" for key, value in call.arguments.items() if is_keyword(key)]
+    others = {key: value for key, value in call.arguments.items() if not is_keyword(key)}
+    if others:
+        arguments.append(f"**{_render_value(others)}")
+    return f"{call.name}({', '.join(arguments)})"
 
 
 def _render_value(value: object) -> str:

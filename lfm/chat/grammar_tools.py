@@ -1,0 +1,222 @@
+"""The tools of a request: their definitions checked and read; which of them the model may, must or must not call."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Literal
+
+import msgspec
+
+from lfm.chat.grammar import AnswerFormat, CallForm, calls_grammar
+from lfm.chat.grammar_calls import ToolGrammar, argument_objects
+from lfm.chat.json_fields import json_type, optional_text, typed
+from lfm.chat.messages import Message
+from lfm.chat.schema import read_schema, schema_bytes
+from lfm.chat.tokenizer import SpecialTokens
+from lfm.errors import RequestError
+from lfm.protocol import MAX_SCHEMAS_BYTES, MAX_TOOLS, GrammarSpec
+
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+JSON_REQUEST = "Output function calls as JSON"  # what the model was trained to find in its system prompt
+
+Mode = Literal["none", "auto", "required"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """What may be called: `names` None means every tool of the request."""
+
+    mode: Mode = "auto"
+    names: frozenset[str] | None = None
+
+
+class ToolSet:
+    """The tools of a request, read and checked. Grammars made from it are remembered: agents send their tools again.
+
+    Attributes:
+        definitions: bare `{"name", "description", "parameters"}` objects, as the model was trained to see them.
+        names: in order.
+        notes: parts of schemas that describe without being enforced, for the answer's `warnings`.
+        num_bytes: of the definitions as JSON, about.
+    """
+
+    def __init__(self, raw: Sequence[object], *, max_tokens: int, param: str = "tools") -> None:
+        if len(raw) > MAX_TOOLS:
+            raise RequestError(f"{param} has {len(raw)} entries. Allowed: up to {MAX_TOOLS}.", param=param)
+        self.definitions: list[dict[str, object]] = []
+        self.num_bytes = 0
+        self._tools: dict[str, ToolGrammar] = {}
+        notes: list[str] = []
+        for index, item in enumerate(raw):
+            self._add(item, f"{param}[{index}]", notes, max_tokens)
+        if self.num_bytes > MAX_SCHEMAS_BYTES:
+            raise RequestError(
+                f"The schemas of {param} have {self.num_bytes} bytes. Allowed: at most {MAX_SCHEMAS_BYTES} together.",
+                param=param,
+            )
+        self.names = tuple(self._tools)
+        self.notes = tuple(notes)
+        self._specs: dict[tuple[object, ...], GrammarSpec] = {}
+
+    def _add(self, item: object, where: str, notes: list[str], max_tokens: int) -> None:
+        raw = typed(item, dict, where)
+        kind = raw.get("type", "function")
+        if kind != "function":
+            raise RequestError(f"{where}.type={kind!r} is not supported. Allowed: function.", param=f"{where}.type")
+        if "function" in raw:
+            raw, where = typed(raw["function"], dict, f"{where}.function"), f"{where}.function"
+        name = typed(raw.get("name"), str, f"{where}.name")
+        if not NAME.fullmatch(name):
+            raise RequestError(
+                f"{where}.name={name[:128]!r} is no tool name. Allowed: 1 to 128 letters, digits, _, . and -.",
+                param=f"{where}.name",
+            )
+        if name in self._tools:
+            raise RequestError(f"{where}.name={name!r} is used twice. Give every tool its own.", param=f"{where}.name")
+        definition: dict[str, object] = {"name": name}
+        if (description := optional_text(raw.get("description"), f"{where}.description")) is not None:
+            definition["description"] = description
+        parameters = raw.get("parameters")
+        if parameters is not None:
+            definition["parameters"] = parameters
+        self.definitions.append(definition)
+        self._tools[name] = self._read_parameters(name, parameters, f"{where}.parameters", notes, max_tokens)
+
+    def _read_parameters(
+        self, name: str, parameters: object, where: str, notes: list[str], max_tokens: int
+    ) -> ToolGrammar:
+        if parameters is None or parameters == {}:
+            return ToolGrammar(name, None)
+        typed(parameters, dict, where)
+        self.num_bytes += schema_bytes(parameters, param=where)
+        schema = read_schema(parameters, param=where, max_tokens=max_tokens)
+        if not argument_objects(schema):
+            raise RequestError(f"{where} describes no object. Allowed: a schema of type object.", param=where)
+        notes += schema.notes
+        return ToolGrammar(name, schema)
+
+    def grammar(
+        self,
+        choice: ToolChoice,
+        *,
+        special: SpecialTokens,
+        form: CallForm = "pythonic",
+        is_parallel: bool = True,
+        answer: AnswerFormat | None = None,
+    ) -> GrammarSpec:
+        """The grammar of calls of the chosen tools, whose mode must not be "none"; see `calls_grammar`."""
+        key = (choice, special, form, is_parallel)
+        if answer is None and key in self._specs:
+            return self._specs[key]
+        chosen = [tool for name, tool in self._tools.items() if choice.names is None or name in choice.names]
+        spec = calls_grammar(
+            chosen,
+            special=special,
+            form=form,
+            is_parallel=is_parallel,
+            is_required=choice.mode == "required",
+            answer=answer,
+        )
+        if answer is None:
+            self._specs[key] = spec
+        return spec
+
+
+class ToolSets:
+    """The tool sets of recent requests, by what they say, up to `max_bytes` of definitions."""
+
+    def __init__(self, *, max_tokens: int, max_bytes: int = 8 * MAX_SCHEMAS_BYTES) -> None:
+        self._max_tokens = max_tokens
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._sets: OrderedDict[bytes, tuple[ToolSet, int]] = OrderedDict()
+
+    def read(self, raw: object, *, param: str = "tools") -> ToolSet:
+        """The tools of a request. Raises RequestError with the path of what is wrong."""
+        tools = typed(raw, list, param)
+        try:
+            encoded = msgspec.json.encode(tools)
+        except (UnicodeEncodeError, RecursionError, TypeError, ValueError, msgspec.MsgspecError) as error:
+            raise RequestError(f"{param} is not plain JSON ({error}).", param=param) from error
+        key = blake2b(encoded, digest_size=16, person=param.encode()[:16]).digest()
+        if key in self._sets:
+            self._sets.move_to_end(key)
+            return self._sets[key][0]
+        found = ToolSet(tools, max_tokens=self._max_tokens, param=param)
+        self._sets[key] = (found, len(encoded))
+        self._num_bytes += len(encoded)
+        while self._num_bytes > self._max_bytes and len(self._sets) > 1:
+            self._num_bytes -= self._sets.popitem(last=False)[1][1]
+        return found
+
+
+def parse_tool_choice(value: object, names: Sequence[str], *, param: str = "tool_choice") -> ToolChoice:
+    """Read `tool_choice` in OpenAI's forms: a mode, one function by name, or `allowed_tools` with a mode of their own.
+
+    `names` are the tools of the request. Without any, only "none" and "auto" make sense.
+    """
+    if value is None:
+        return ToolChoice("auto" if names else "none")
+    if isinstance(value, str):
+        if value not in ("none", "auto", "required"):
+            raise RequestError(
+                f"{param}={value[:80]!r} is not known. Allowed: none, auto, required, or an object that names tools.",
+                param=param,
+            )
+        choice = ToolChoice(value)  # type: ignore[arg-type]  # looked at above
+    else:
+        choice = _parse_choice_object(value, names, param)
+    if not names and choice.mode == "required":
+        raise RequestError(f"{param} asks for a call, but the request has no tools. Send tools.", param=param)
+    return choice if names else ToolChoice("none")
+
+
+def _parse_choice_object(value: object, names: Sequence[str], param: str) -> ToolChoice:
+    if not isinstance(value, dict):
+        raise RequestError(f"{param} is {json_type(value)}. Allowed: a string or an object.", param=param)
+    kind = value.get("type", "function")
+    if kind == "function":
+        inner = typed(value.get("function", value), dict, f"{param}.function")
+        return ToolChoice("required", frozenset((_known_name(inner.get("name"), names, f"{param}.function.name"),)))
+    if kind != "allowed_tools":
+        raise RequestError(
+            f"{param}.type={str(kind)[:80]!r} is not known. Allowed: function, allowed_tools.", param=f"{param}.type"
+        )
+    inner, where = value, param
+    if "allowed_tools" in value:
+        inner, where = typed(value["allowed_tools"], dict, f"{param}.allowed_tools"), f"{param}.allowed_tools"
+    mode = inner.get("mode", "auto")
+    if mode not in ("auto", "required"):
+        raise RequestError(
+            f"{where}.mode={str(mode)[:80]!r} is not known. Allowed: auto, required.", param=f"{where}.mode"
+        )
+    chosen = set()
+    for index, item in enumerate(typed(inner.get("tools"), list, f"{where}.tools")):
+        tool = typed(item, dict, f"{where}.tools[{index}]")
+        tool = typed(tool.get("function", tool), dict, f"{where}.tools[{index}].function")
+        chosen.add(_known_name(tool.get("name"), names, f"{where}.tools[{index}].name"))
+    if not chosen:
+        raise RequestError(f"{where}.tools is empty. Name a tool, or send tool_choice none.", param=f"{where}.tools")
+    return ToolChoice(mode, frozenset(chosen))
+
+
+def _known_name(value: object, names: Sequence[str], where: str) -> str:
+    name = typed(value, str, where)
+    if name not in names:
+        listed = ", ".join(names[:10]) or "none"
+        raise RequestError(f"{where}={name[:128]!r} is no tool of this request. Its tools: {listed}.", param=where)
+    return name
+
+
+def call_form(messages: Sequence[Message], tool_format: object = None) -> CallForm:
+    """The form of calls that a request asks for: `tool_format`, else what its system prompt says, else Pythonic."""
+    if tool_format is not None:
+        if tool_format not in ("pythonic", "json"):
+            raise RequestError(
+                f"tool_format={str(tool_format)[:80]!r} is not known. Allowed: pythonic, json.", param="tool_format"
+            )
+        return "json" if tool_format == "json" else "pythonic"
+    is_asked = any(one.role in ("system", "developer") and JSON_REQUEST in one.text for one in messages)
+    return "json" if is_asked else "pythonic"

@@ -1,0 +1,107 @@
+"""The process that tries grammars: bad ones are refused, and one that crashes or loops takes nothing else with it."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from lfm.chat.tokenizer import Tokenizer
+from lfm.engine.grammar_library import TokenTable
+from lfm.engine.grammar_masks import token_table
+from lfm.engine.grammar_worker import GrammarTrial, try_grammar
+from lfm.errors import RequestError
+from lfm.model.presets import PRESETS
+from lfm.protocol import GrammarSpec
+
+GOOD = GrammarSpec(text='start: "a" /[b-d]+/')
+
+
+@pytest.fixture(scope="module")
+def table() -> TokenTable:
+    config = PRESETS["tiny"]
+    return token_table(Tokenizer.byte_level(config), vocab_size=config.vocab_size)
+
+
+@pytest.fixture
+def trial(table: TokenTable) -> Iterator[GrammarTrial]:
+    made = GrammarTrial(table, timeout_s=2)
+    yield made
+    made.close()
+
+
+def chain(length: int) -> str:
+    """Rules within rules: the library compiles them by recursion, and overflows its stack."""
+    rules = [f'x{index}: "a" x{index + 1}' for index in range(length)]
+    return "\n".join(["start: x0", *rules, f'x{length}: "b"'])
+
+
+def intersections(count: int) -> str:
+    """An intersection of so many languages that its states never end."""
+    return "start: A\nA: " + " & ".join(f"/.*x{index}.{{{index}}}y{index}.*/" for index in range(count))
+
+
+@pytest.mark.slow
+def test_good_grammars_pass_and_are_remembered(trial: GrammarTrial) -> None:
+    trial.check(GOOD)
+    trial.close()  # without a process, a grammar that passed before still passes
+    trial.check(GOOD)
+    trial.check(GrammarSpec(text='start: "other"'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('start: "a', "lexer error"),
+        ("start: " + "(" * 5000 + '"a"' + ")" * 5000, "nested"),
+        ('start: "a" K\nK: /x/ & /y/', "."),
+        (chain(60_000), "failed"),
+        (intersections(200), "more than 2 s"),
+    ],
+    ids=["syntax", "nesting", "dead end", "crash", "loop"],
+)
+def test_a_bad_grammar_costs_its_own_request_only(trial: GrammarTrial, text: str, reason: str) -> None:
+    trial.check(GOOD)
+    with pytest.raises(RequestError, match=reason) as caught:
+        trial.check(GrammarSpec(text=text), param="tools")
+    assert caught.value.param == "tools"
+    assert caught.value.code == "invalid_grammar"
+    trial.check(GrammarSpec(text='start: "the next one"'))
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_gone_is_replaced(trial: GrammarTrial) -> None:
+    trial.check(GOOD)
+    process = trial._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    trial.check(GrammarSpec(text='start: "after"'))
+
+
+@pytest.mark.slow
+def test_checks_of_several_threads_take_their_turns(trial: GrammarTrial) -> None:
+    failures: list[BaseException] = []
+
+    def check(index: int) -> None:
+        try:
+            trial.check(GrammarSpec(text=f'start: "{index}"'))
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    threads = [threading.Thread(target=check, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_trial_walks_some_tokens_into_the_grammar(table: TokenTable) -> None:
+    tokenizer = table.compiled()
+    stop_ids = frozenset(table.stop_ids)
+    assert try_grammar(tokenizer, GOOD.text, stop_ids=stop_ids) is None
+    assert try_grammar(tokenizer, 'start: "a" "b" K\nK: /x/ & /y/', stop_ids=stop_ids) is not None

@@ -15,6 +15,7 @@ from lfm import __version__
 from lfm.cli.bench_offline import offline
 from lfm.cli.bench_serve import serve as bench_serve
 from lfm.cli.chat import chat
+from lfm.cli.evaluate import evaluate
 from lfm.cli.generate import generate
 from lfm.cli.index import index
 from lfm.cli.info import info
@@ -44,6 +45,7 @@ bench.command("serve", epilog=_EPILOG)(bench_serve)
 app.add_typer(bench, name="bench")
 app.add_typer(index, name="index")
 app.add_typer(train, name="train")
+app.add_typer(evaluate, name="eval")
 
 
 def _show_version(is_wanted: bool) -> None:

@@ -15,6 +15,7 @@ from lfm.chat.messages import Message, ToolCall, parse_messages
 from lfm.chat.prompt import build_prompt
 from lfm.chat.tokenizer import Tokenizer
 from lfm.chat.tokenizer_json import read_tokenizer_json
+from lfm.chat.tool_calls import render_json_calls
 from lfm.config import ModelConfig
 from lfm.errors import RequestError, UsageError
 from lfm.train.dataset import Row
@@ -103,11 +104,6 @@ def _with_json_calls(tokenizer: Tokenizer, ids: Sequence[int], calls: Sequence[S
         if not is_inside:
             written.append(token_id)
     return written
-
-
-def render_json_calls(calls: Sequence[ToolCall]) -> str:
-    """Tool calls in the JSON form of the model's documentation."""
-    return json.dumps([{"name": call.name, "arguments": dict(call.arguments)} for call in calls], ensure_ascii=False)
 
 
 def document_rows(tokenizer: Tokenizer, text: str, *, max_length: int) -> Iterator[Row]:

@@ -13,10 +13,10 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lfm.chat.tokenizer_json import SPECIAL_TOKEN_TEXTS
-from lfm.chat.tool_calls import render_calls
+from lfm.chat.tool_calls import render_calls, render_json_calls
 from lfm.errors import UsageError
 from lfm.model.sizes import format_bytes
-from lfm.train.examples import Conversation, read_examples, render_json_calls
+from lfm.train.examples import Conversation, read_examples
 from lfm.train.recipe import DataSettings, TokenizerRecipe
 
 # The pre-tokenizer of LFM2, which is that of Llama 3: digits in groups of at most three.

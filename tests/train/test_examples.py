@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lfm.chat.grammar_tools import JSON_REQUEST
 from lfm.chat.messages import Message, ToolCall
 from lfm.chat.prompt import build_prompt
 from lfm.chat.tokenizer import Tokenizer
 from lfm.errors import UsageError
 from lfm.train.examples import (
+    JSON_CALLS,
     Conversation,
     document_rows,
     every_token,
@@ -63,6 +65,7 @@ def test_the_ids_are_those_that_serving_builds(tokenizer: Tokenizer) -> None:
 
 def test_calls_can_be_written_as_json(tokenizer: Tokenizer) -> None:
     row = sft_row(tokenizer, Conversation(messages=CONVERSATION, call_form="json"))
+    assert JSON_REQUEST in JSON_CALLS  # what serving looks for is what training says
     calls = [{"name": "f", "arguments": {"a": "the cat"}}, {"name": "g", "arguments": {"n": 2, "ok": True}}]
     text = shown(tokenizer, row.ids[row.is_target])
     assert text.startswith(f"<|tool_call_start|>{json.dumps(calls)}<|tool_call_end|><|im_end|>the red")

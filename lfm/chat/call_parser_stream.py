@@ -17,6 +17,7 @@ SIMPLE_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f", "\\": "
 HEX_DIGITS = {"x": 2, "u": 4, "U": 8}
 REPLACEMENT = "\ufffd"
 SPACE = " \t\r\n"
+PLAIN_RUN = re.compile(r"""[^"'\\\x00-\x1f\ud800-\udfff]+""")  # the same in a string of any kind
 MAX_DEPTH = 100
 NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 
@@ -56,18 +57,23 @@ class CallStream:
         self._pieces: list[str] = []
         self._deltas: list[CallDelta] = []
         self._depth = 0
+        self._is_plain = False  # within a string, and nothing is pending: most characters stand for themselves
         self._reading = self._block()
         next(self._reading)
 
     def push(self, text: str) -> list[CallDelta]:
         """The deltas that this further text makes certain: at most one for each call that it touches."""
-        for char in text:
-            if self.is_broken:
-                break
+        at = 0
+        while at < len(text) and not self.is_broken:
+            if self._is_plain and (run := PLAIN_RUN.match(text, at)):
+                self._emit(run[0])
+                at = run.end()
+                continue
             try:
-                self._reading.send(char)
+                self._reading.send(text[at])
             except (_BrokenError, StopIteration):
                 self.is_broken = True
+            at += 1
         self._flush()
         deltas, self._deltas = self._deltas, []
         return deltas
@@ -219,7 +225,12 @@ class CallStream:
     def _string(self, quote: str) -> Reading:
         self._emit('"')
         high = 0  # the first half of a surrogate pair, until its second half comes
-        while (char := (yield)) != quote:
+        while True:
+            self._is_plain = not high
+            char = yield
+            self._is_plain = False
+            if char == quote:
+                break
             code = ord(char)
             if char == "\\":
                 code = yield from self._escape()
@@ -280,7 +291,9 @@ class CallStream:
         self._emit("{")
         depth, in_string = 1, False
         while depth:
+            self._is_plain = in_string
             char = yield
+            self._is_plain = False
             self._emit(char)
             if in_string:
                 if char == "\\":

@@ -79,10 +79,13 @@ class GrammarMatcher:
     def is_finished(self) -> bool:
         return self.needs_mask and self.error is None and self._matcher.is_stopped()
 
-    def fill(self, row: Masks) -> None:
-        """Write the mask of the next token into a row of `num_mask_words` contiguous words."""
+    def fill(self, row: Masks, *, address: int | None = None) -> None:
+        """Write the mask of the next token into a row of `num_mask_words` contiguous words.
+
+        `address`: where the row begins in memory, for callers that know; asking numpy takes longer than most masks.
+        """
         if self.error is None:
-            self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            self._matcher.unsafe_compute_mask_ptr(row.ctypes.data if address is None else address, row.nbytes)
             self._check()
         if self.error is not None:
             row[:] = 0
@@ -185,6 +188,7 @@ class MaskFiller:
 
     def __init__(self, masks: Masks) -> None:
         self.masks = masks
+        self._addresses = [masks[row].ctypes.data for row in range(len(masks))]
         self._thread = helper_thread("grammar-masks")
         self._job = _Job([])
         self._future: Future[None] | None = None
@@ -216,7 +220,7 @@ class MaskFiller:
             if job.is_late:
                 return
             try:
-                matcher.fill(self.masks[row])
+                matcher.fill(self.masks[row], address=self._addresses[row])
             except Exception:  # it costs its own request only; the traceback goes to the log
                 logger.exception("a grammar mask could not be filled")
                 matcher.error = "the grammar library failed"

@@ -164,7 +164,7 @@ class SlowMatcher(GrammarMatcher):
         super().__init__(matcher, trigger_id=None, stop_ids=[IM_END])
         self._gate = gate
 
-    def fill(self, row: np.ndarray) -> None:
+    def fill(self, row: np.ndarray, *, address: int | None = None) -> None:
         assert self._gate.wait(30)
         row[:] = 7
 
@@ -172,7 +172,7 @@ class SlowMatcher(GrammarMatcher):
 class BrokenMatcher(GrammarMatcher):
     """The library misbehaves."""
 
-    def fill(self, row: np.ndarray) -> None:
+    def fill(self, row: np.ndarray, *, address: int | None = None) -> None:
         if self.error is None:
             raise RuntimeError("as no library should")
         super().fill(row)

@@ -105,3 +105,13 @@ def test_a_trial_walks_some_tokens_into_the_grammar(table: TokenTable) -> None:
     stop_ids = frozenset(table.stop_ids)
     assert try_grammar(tokenizer, GOOD.text, stop_ids=stop_ids) is None
     assert try_grammar(tokenizer, 'start: "a" "b" K\nK: /x/ & /y/', stop_ids=stop_ids) is not None
+
+
+@pytest.mark.slow
+def test_a_worker_ends_when_its_parent_is_gone(trial: GrammarTrial) -> None:
+    trial.check(GOOD)
+    process = trial._process
+    assert process is not None
+    assert process.stdin is not None
+    process.stdin.close()  # as the system does when the parent ends
+    assert process.wait(timeout=30) == 0

@@ -1,6 +1,7 @@
 """The tools of a request: their definitions checked and read; which of them the model may, must or must not call."""
 
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from lfm.chat.grammar_calls import ToolGrammar, argument_objects
 from lfm.chat.json_fields import json_type, optional_text, typed
 from lfm.chat.messages import Message
 from lfm.chat.schema import read_schema, schema_bytes
+from lfm.chat.schema_texts import Texts
 from lfm.chat.tokenizer import SpecialTokens
 from lfm.errors import RequestError
 from lfm.protocol import MAX_SCHEMAS_BYTES, MAX_TOOLS, GrammarSpec
@@ -48,14 +50,10 @@ class ToolSet:
         self.definitions: list[dict[str, object]] = []
         self.num_bytes = 0
         self._tools: dict[str, ToolGrammar] = {}
+        self._texts = Texts()  # bounds the work on patterns for all tools together
         notes: list[str] = []
         for index, item in enumerate(raw):
             self._add(item, f"{param}[{index}]", notes, max_tokens)
-        if self.num_bytes > MAX_SCHEMAS_BYTES:
-            raise RequestError(
-                f"The schemas of {param} have {self.num_bytes} bytes. Allowed: at most {MAX_SCHEMAS_BYTES} together.",
-                param=param,
-            )
         self.names = tuple(self._tools)
         self.notes = tuple(notes)
         self._specs: dict[tuple[object, ...], GrammarSpec] = {}
@@ -91,7 +89,13 @@ class ToolSet:
             return ToolGrammar(name, None)
         typed(parameters, dict, where)
         self.num_bytes += schema_bytes(parameters, param=where)
-        schema = read_schema(parameters, param=where, max_tokens=max_tokens)
+        if self.num_bytes > MAX_SCHEMAS_BYTES:
+            raise RequestError(
+                f"{where} brings the schemas of all tools to {self.num_bytes} bytes. Allowed: at most "
+                f"{MAX_SCHEMAS_BYTES} together.",
+                param=where,
+            )
+        schema = read_schema(parameters, param=where, max_tokens=max_tokens, texts=self._texts)
         if not argument_objects(schema):
             raise RequestError(f"{where} describes no object. Allowed: a schema of type object.", param=where)
         notes += schema.notes
@@ -125,12 +129,13 @@ class ToolSet:
 
 
 class ToolSets:
-    """The tool sets of recent requests, by what they say, up to `max_bytes` of definitions."""
+    """The tool sets of recent requests, by what they say, up to `max_bytes` of definitions. Any thread may use it."""
 
     def __init__(self, *, max_tokens: int, max_bytes: int = 8 * MAX_SCHEMAS_BYTES) -> None:
         self._max_tokens = max_tokens
         self._max_bytes = max_bytes
         self._num_bytes = 0
+        self._lock = threading.Lock()
         self._sets: OrderedDict[bytes, tuple[ToolSet, int]] = OrderedDict()
 
     def read(self, raw: object, *, param: str = "tools") -> ToolSet:
@@ -141,14 +146,17 @@ class ToolSets:
         except (UnicodeEncodeError, RecursionError, TypeError, ValueError, msgspec.MsgspecError) as error:
             raise RequestError(f"{param} is not plain JSON ({error}).", param=param) from error
         key = blake2b(encoded, digest_size=16, person=param.encode()[:16]).digest()
-        if key in self._sets:
-            self._sets.move_to_end(key)
-            return self._sets[key][0]
+        with self._lock:
+            if key in self._sets:
+                self._sets.move_to_end(key)
+                return self._sets[key][0]
         found = ToolSet(tools, max_tokens=self._max_tokens, param=param)
-        self._sets[key] = (found, len(encoded))
-        self._num_bytes += len(encoded)
-        while self._num_bytes > self._max_bytes and len(self._sets) > 1:
-            self._num_bytes -= self._sets.popitem(last=False)[1][1]
+        with self._lock:
+            if key not in self._sets:
+                self._num_bytes += len(encoded)
+            self._sets[key] = (found, len(encoded))
+            while self._num_bytes > self._max_bytes and len(self._sets) > 1:
+                self._num_bytes -= self._sets.popitem(last=False)[1][1]
         return found
 
 

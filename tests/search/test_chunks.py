@@ -113,9 +113,15 @@ def test_chunks_join_to_the_document_and_none_is_blank(text: str, is_markdown: b
 )
 def test_cutting_is_linear_whatever_the_text(piece: str) -> None:
     """A hostile page must not cost more than its size. Four times the text may take ten times as long, not sixteen."""
-    seconds = []
-    for num_chars in (20_000, 80_000):
-        start_s = time.process_time()
-        cut(Extracted(text=piece * (num_chars // len(piece)), is_markdown=True))
-        seconds.append(time.process_time() - start_s)
-    assert seconds[1] < 10 * seconds[0] + 0.1
+
+    def fastest_s(num_chars: int) -> float:
+        """Of three: a collection of the whole test process's garbage may fall into one of them."""
+        document = Extracted(text=piece * (num_chars // len(piece)), is_markdown=True)
+        times = []
+        for _ in range(3):
+            start_s = time.process_time()
+            cut(document)
+            times.append(time.process_time() - start_s)
+        return min(times)
+
+    assert fastest_s(80_000) < 10 * fastest_s(20_000) + 0.1

@@ -1,8 +1,10 @@
-"""Token events to text deltas: one `OutputProcessor` per choice, for streams and whole bodies alike."""
+"""Token events to deltas of text and tool calls: one `OutputProcessor` per choice, for streams and whole bodies."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lfm.chat.call_parser import CallReader, Piece
+from lfm.chat.call_parser_stream import CallDelta
 from lfm.chat.detokenizer import Detokenizer
 from lfm.chat.stop import StopMatcher, StopStrings
 from lfm.chat.tokenizer import Tokenizer
@@ -32,6 +34,7 @@ class Delta:
 
     `token_ids` are the billed tokens, a sampled stop token included, and `logprobs` (if asked for) has one entry for
     each of them; `text` may lag behind, since it is held while it could be half a character or begin a stop string.
+    `calls` has at most one piece of each tool call, in order; text that came with them stood in front of them.
     """
 
     text: str = ""
@@ -41,6 +44,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     error: ErrorInfo | None = None
     stopped_by_string: bool = False
+    calls: tuple[CallDelta, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether there is anything to send."""
@@ -58,7 +62,10 @@ class OutputProcessor:
         stop: texts, or one `StopStrings` that the choices of a request share.
         include_stop: keep the stop string at the end of the text.
         num_logprobs: alternatives to report per token; None reports no logprobs.
+        calls: reads tool calls out of the blocks that the model's control tokens open and close. Stop strings hold
+            outside of blocks only. None: those tokens are nothing special, and have no text.
 
+    The finish reason is "tool_calls" where the model ended its turn, or a stop string did, and a call was read.
     When a delta is `stopped_by_string` the caller aborts the engine request; later events feed to nothing.
     """
 
@@ -70,6 +77,7 @@ class OutputProcessor:
         stop: StopStrings | Sequence[str] = (),
         include_stop: bool = False,
         num_logprobs: int | None = None,
+        calls: CallReader | None = None,
     ) -> None:
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
@@ -80,6 +88,8 @@ class OutputProcessor:
         self._detokenizer = Detokenizer(tokenizer)
         strings = stop if isinstance(stop, StopStrings) else StopStrings(stop)
         self._stop = StopMatcher(strings, include_stop=include_stop)
+        self._calls = calls
+        self._call_start, self._call_end = tokenizer.special.tool_call_start, tokenizer.special.tool_call_end
 
     @property
     def is_finished(self) -> bool:
@@ -97,34 +107,65 @@ class OutputProcessor:
             return _NOTHING
         if event.num_cached_tokens is not None:
             self.num_cached_tokens = event.num_cached_tokens
-        text, num_kept = self._read_text(event)
+        pieces, num_kept = self._read_tokens(event)
         self.num_output_tokens += num_kept
         is_matched = self._stop.matched is not None and event.error is None
-        self.finish_reason = "stop" if is_matched else event.finish_reason
+        self.finish_reason = self._finish_reason("stop" if is_matched else event.finish_reason)
         return Delta(
-            text=text,
+            text="".join(piece for piece in pieces if isinstance(piece, str)),
             token_ids=tuple(event.token_ids[:num_kept]),
             logprobs=self._scores(event, num_kept),
             prompt_logprobs=self._prompt_scores(event.prompt_logprobs),
             finish_reason=self.finish_reason,
             error=event.error,
             stopped_by_string=is_matched,
+            calls=join_calls(piece for piece in pieces if isinstance(piece, CallDelta)),
         )
 
-    def _read_text(self, event: TokenEvent) -> tuple[str, int]:
-        """The text that the event makes certain, and how many of its tokens belong to the output."""
+    def _finish_reason(self, reason: FinishReason | None) -> FinishReason | None:
+        return "tool_calls" if reason == "stop" and self._calls is not None and self._calls.num_calls else reason
+
+    def _read_tokens(self, event: TokenEvent) -> tuple[list[Piece], int]:
+        """The text and the calls that the event makes certain, and how many of its tokens belong to the output."""
         num_tokens = len(event.token_ids)
         # The engine ends with "stop" only on a stop token. That one is never text, whichever token the request chose.
         num_texts = num_tokens - 1 if event.finish_reason == "stop" else num_tokens
-        pieces = []
+        pieces: list[Piece] = []
         for index in range(num_texts):
-            pieces.append(self._stop.push(self._detokenizer.push(event.token_ids[index : index + 1])))
+            pieces += self._read_token(event.token_ids[index])
             if self._stop.matched is not None:
-                return "".join(pieces), index + 1
+                return pieces, index + 1
         if event.finish_reason is not None:
-            pieces.append(self._stop.push(self._detokenizer.finish()))
+            pieces += self._read_text(self._detokenizer.finish())
+            if self._calls is not None:
+                is_open = self._calls.is_open
+                rest = self._calls.finish()
+                pieces += rest if is_open else self._until_stop(rest)
             pieces.append(self._stop.flush())
-        return "".join(pieces), num_tokens
+        return pieces, num_tokens
+
+    def _read_token(self, token_id: int) -> list[Piece]:
+        calls = self._calls
+        if calls is None or token_id not in (self._call_start, self._call_end):
+            return self._read_text(self._detokenizer.push((token_id,)))
+        pieces = self._read_text(self._detokenizer.finish())  # no character reaches across a control token
+        if token_id == self._call_end:
+            return pieces + calls.close()
+        if not calls.is_open:
+            pieces += self._until_stop(calls.open())
+            if self._stop.matched is None:
+                pieces.append(self._stop.flush())  # nor does a stop string
+        return pieces
+
+    def _read_text(self, text: str) -> list[Piece]:
+        if self._calls is None:
+            return [self._stop.push(text)]
+        is_open = self._calls.is_open
+        pieces = self._calls.push(text)
+        return pieces if is_open else self._until_stop(pieces)
+
+    def _until_stop(self, pieces: Iterable[Piece]) -> list[Piece]:
+        return [self._stop.push(piece) if isinstance(piece, str) else piece for piece in pieces]
 
     def _scores(self, event: TokenEvent, num_kept: int) -> tuple[TokenScore, ...]:
         if self._num_logprobs is None:
@@ -166,4 +207,14 @@ def join_deltas(deltas: Iterable[Delta]) -> Delta:
         finish_reason=next((delta.finish_reason for delta in deltas if delta.finish_reason is not None), None),
         error=next((delta.error for delta in deltas if delta.error is not None), None),
         stopped_by_string=any(delta.stopped_by_string for delta in deltas),
+        calls=join_calls(piece for delta in deltas for piece in delta.calls),
     )
+
+
+def join_calls(pieces: Iterable[CallDelta]) -> tuple[CallDelta, ...]:
+    """Make one piece of the successive ones of each call."""
+    joined: dict[int, CallDelta] = {}
+    for piece in pieces:
+        first = joined.get(piece.index)
+        joined[piece.index] = piece if first is None else replace(first, arguments=first.arguments + piece.arguments)
+    return tuple(joined.values())

@@ -97,7 +97,8 @@ def test_router_chooses_the_best_and_weighs_them_right(sizes: Sizes, num_tokens:
     is_real = torch.arange(num_tokens, device="cuda") % 5 < 4 if bias else None
     x, chosen, weights = route(h, norm, router, None if is_real is None else is_real.long())
     expected_x, _, _ = route_ref(h, norm, router)
-    torch.testing.assert_close(x, expected_x, rtol=2**-7, atol=0)  # a sum in another order can round x the other way
+    # Two roundings, of the normalised value and of its product with the weight; a sum in another order can turn each.
+    torch.testing.assert_close(x, expected_x, rtol=2**-6, atol=0)
     assert float((x != expected_x).double().mean()) < 1e-3
     if is_real is not None:
         assert bool((chosen[~is_real] == sizes.experts).all())

@@ -35,9 +35,9 @@ def serve(
     Time to first token, inter-token latency (the gaps between the chunks of a stream) and throughput. Other flags of a
     server that this starts are taken from LFM_... in the environment.
     """
-    from lfm.cli.http import api_root
     from lfm.cli.load import Load, drive, print_report, write_report
     from lfm.cli.own_server import own_server
+    from lfm.http_client import api_root
 
     for name, value, low, high in (
         ("requests", requests, 1, 1_000_000),

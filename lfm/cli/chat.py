@@ -35,8 +35,8 @@ def chat(
     # Imported here, as in every verb: `lfm --help` loads neither HTTP clients nor tokenizers.
     import httpx2
 
+    from lfm import http_client as http
     from lfm.chat.defaults import RequestedSampling
-    from lfm.cli import http
     from lfm.cli.conversation import Conversation
     from lfm.cli.loading import load_llm
     from lfm.cli.speakers import LocalSpeaker, ServerSpeaker

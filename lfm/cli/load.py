@@ -21,7 +21,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from lfm.cli import http
+from lfm import http_client as http
 from lfm.cli.terminal import note
 from lfm.errors import InternalError, LfmError, MachineError
 

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import httpx2
 
+from lfm import http_client as http
 from lfm.chat.defaults import RequestedSampling
 from lfm.chat.messages import Message
-from lfm.cli import http
 from lfm.llm import LLM
 
 

@@ -133,7 +133,7 @@ def test_the_environment_is_read_when_the_command_starts(
         (["serv"], "No such command 'serv'. Did you mean 'serve'?"),
         (["generate"], "Missing argument '[MODEL] PROMPT'. See lfm generate --help."),
         (["generate", "a", "b", "c"], "3 arguments were given"),
-        (["chat", "--url", "ftp://x"], "--url ftp://x is no address"),
+        (["chat", "--url", "ftp://x"], "ftp://x is no address"),
         (["info", "random:nothing"], "random:nothing is not known"),
         (["bench", "offline", "--workload", "b1,zz"], "--workload zz is not known. Allowed: all, b1, b8"),
         (["bench", "offline", "--workload", ","], "--workload names nothing"),

@@ -1,4 +1,4 @@
-"""The little HTTP that `chat --url` and `bench serve` need: addresses, headers, event streams, errors as LfmErrors."""
+"""The little HTTP of agents, `chat --url` and `bench serve`: addresses, headers, event streams, errors as LfmErrors."""
 
 import json
 from typing import Any
@@ -17,7 +17,7 @@ def api_root(url: str) -> str:
     """The address that /v1/... is appended to. Raises UsageError for anything but http:// and https:// addresses."""
     root = url.rstrip("/").removesuffix("/v1")
     if not root.startswith(("http://", "https://")):
-        raise UsageError(f"--url {url} is no address. Give one such as http://127.0.0.1:8000.")
+        raise UsageError(f"{url} is no address. Give one such as http://127.0.0.1:8000.")
     return root
 
 
@@ -71,11 +71,19 @@ def refused(response: httpx2.Response) -> LfmError:
         text = response.text[:200]
     if response.status_code == 401:
         return UsageError(f"The server wants an API key: {text} Give it with --api-key or LFM_API_KEY.")
-    if response.status_code == 503:
-        return OverloadedError(text, retry_after_s=float(response.headers.get("retry-after", 1)))
+    if response.status_code in (429, 503):
+        return OverloadedError(text, retry_after_s=_seconds(response.headers.get("retry-after")))
     if 400 <= response.status_code < 500:
         return RequestError(text)
     return InternalError(f"The server failed with status {response.status_code}: {text}")
+
+
+def _seconds(retry_after: str | None) -> float:
+    """A wait that a server asks for. A date, which HTTP allows as well, counts as a second."""
+    try:
+        return max(0.0, float(retry_after or 1))
+    except ValueError:
+        return 1.0
 
 
 def _message(body: object) -> str:

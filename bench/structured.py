@@ -36,14 +36,14 @@ from pathlib import Path
 import llguidance
 import numpy as np
 
-from lfm.chat.grammar import AnswerFormat, CallForm, answer_grammar, calls_grammar
+from lfm.chat.grammar import AnswerFormat, answer_grammar, calls_grammar
 from lfm.chat.grammar_calls import ToolGrammar
 from lfm.chat.grammar_tools import ToolChoice, ToolSets
 from lfm.chat.messages import ToolCall
 from lfm.chat.schema import read_schema
 from lfm.chat.tokenizer import SpecialTokens
 from lfm.chat.tokenizer_json import SPECIAL_TOKEN_TEXTS
-from lfm.chat.tool_calls import render_calls, render_json_calls
+from lfm.chat.tool_calls import CallForm, render_calls, render_json_calls
 from lfm.engine.grammar_library import TokenTable
 from lfm.engine.grammar_masks import GrammarCache, GrammarMatcher, num_mask_words
 from lfm.protocol import GrammarSpec

@@ -9,7 +9,6 @@ Policy around a block of tool calls:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from lfm.chat.grammar_calls import ToolGrammar, call_block
 from lfm.chat.grammar_lark import Expr, GrammarWriter, alt, lit, repeat, seq
@@ -19,10 +18,9 @@ from lfm.chat.grammar_values import ValueWriter
 from lfm.chat.schema_nodes import Schema, SchemaError
 from lfm.chat.schema_regex import Regex
 from lfm.chat.tokenizer import SpecialTokens
+from lfm.chat.tool_calls import CallForm
 from lfm.errors import RequestError
 from lfm.protocol import GrammarSpec
-
-CallForm = Literal["pythonic", "json"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,13 +10,14 @@ from typing import Literal
 
 import msgspec
 
-from lfm.chat.grammar import AnswerFormat, CallForm, calls_grammar
+from lfm.chat.grammar import AnswerFormat, calls_grammar
 from lfm.chat.grammar_calls import ToolGrammar, argument_objects
 from lfm.chat.json_fields import json_type, optional_text, typed
 from lfm.chat.messages import Message
 from lfm.chat.schema import read_schema, schema_bytes
 from lfm.chat.schema_texts import Texts
 from lfm.chat.tokenizer import SpecialTokens
+from lfm.chat.tool_calls import CallForm
 from lfm.errors import RequestError
 from lfm.protocol import MAX_SCHEMAS_BYTES, MAX_TOOLS, GrammarSpec
 
@@ -24,6 +25,18 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 JSON_REQUEST = "Output function calls as JSON"  # what the model was trained to find in its system prompt
 
 Mode = Literal["none", "auto", "required"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSyntax:
+    """How an API writes a tool: the `type` of one that the caller runs, and the field with its arguments' schema."""
+
+    kind: str = "function"
+    schema_field: str = "parameters"
+
+
+OPENAI_TOOLS = ToolSyntax()
+ANTHROPIC_TOOLS = ToolSyntax("custom", "input_schema")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +57,9 @@ class ToolSet:
         num_bytes: of the definitions as JSON, about.
     """
 
-    def __init__(self, raw: Sequence[object], *, max_tokens: int, param: str = "tools") -> None:
+    def __init__(
+        self, raw: Sequence[object], *, max_tokens: int, param: str = "tools", syntax: ToolSyntax = OPENAI_TOOLS
+    ) -> None:
         if len(raw) > MAX_TOOLS:
             raise RequestError(f"{param} has {len(raw)} entries. Allowed: up to {MAX_TOOLS}.", param=param)
         self.definitions: list[dict[str, object]] = []
@@ -53,16 +68,18 @@ class ToolSet:
         self._texts = Texts()  # bounds the work on patterns for all tools together
         notes: list[str] = []
         for index, item in enumerate(raw):
-            self._add(item, f"{param}[{index}]", notes, max_tokens)
+            self._add(item, f"{param}[{index}]", notes, max_tokens, syntax)
         self.names = tuple(self._tools)
         self.notes = tuple(notes)
         self._specs: dict[tuple[object, ...], GrammarSpec] = {}
 
-    def _add(self, item: object, where: str, notes: list[str], max_tokens: int) -> None:
+    def _add(self, item: object, where: str, notes: list[str], max_tokens: int, syntax: ToolSyntax) -> None:
         raw = typed(item, dict, where)
-        kind = raw.get("type", "function")
-        if kind != "function":
-            raise RequestError(f"{where}.type={kind!r} is not supported. Allowed: function.", param=f"{where}.type")
+        kind = raw.get("type")
+        if kind not in (None, syntax.kind):
+            raise RequestError(
+                f"{where}.type={str(kind)[:80]!r} is not supported. Allowed: {syntax.kind}.", param=f"{where}.type"
+            )
         if "function" in raw:
             raw, where = typed(raw["function"], dict, f"{where}.function"), f"{where}.function"
         name = typed(raw.get("name"), str, f"{where}.name")
@@ -76,11 +93,12 @@ class ToolSet:
         definition: dict[str, object] = {"name": name}
         if (description := optional_text(raw.get("description"), f"{where}.description")) is not None:
             definition["description"] = description
-        parameters = raw.get("parameters")
+        parameters = raw.get(syntax.schema_field)
         if parameters is not None:
             definition["parameters"] = parameters
         self.definitions.append(definition)
-        self._tools[name] = self._read_parameters(name, parameters, f"{where}.parameters", notes, max_tokens)
+        where = f"{where}.{syntax.schema_field}"
+        self._tools[name] = self._read_parameters(name, parameters, where, notes, max_tokens)
 
     def _read_parameters(
         self, name: str, parameters: object, where: str, notes: list[str], max_tokens: int
@@ -138,19 +156,19 @@ class ToolSets:
         self._lock = threading.Lock()
         self._sets: OrderedDict[bytes, tuple[ToolSet, int]] = OrderedDict()
 
-    def read(self, raw: object, *, param: str = "tools") -> ToolSet:
+    def read(self, raw: object, *, param: str = "tools", syntax: ToolSyntax = OPENAI_TOOLS) -> ToolSet:
         """The tools of a request. Raises RequestError with the path of what is wrong."""
         tools = typed(raw, list, param)
         try:
             encoded = msgspec.json.encode(tools)
         except (UnicodeEncodeError, RecursionError, TypeError, ValueError, msgspec.MsgspecError) as error:
             raise RequestError(f"{param} is not plain JSON ({error}).", param=param) from error
-        key = blake2b(encoded, digest_size=16, person=param.encode()[:16]).digest()
+        key = blake2b(encoded, digest_size=16, key=f"{param} {syntax.kind}".encode()[:64]).digest()
         with self._lock:
             if key in self._sets:
                 self._sets.move_to_end(key)
                 return self._sets[key][0]
-        found = ToolSet(tools, max_tokens=self._max_tokens, param=param)
+        found = ToolSet(tools, max_tokens=self._max_tokens, param=param, syntax=syntax)
         with self._lock:
             if key not in self._sets:
                 self._num_bytes += len(encoded)
@@ -186,8 +204,10 @@ def _parse_choice_object(value: object, names: Sequence[str], param: str) -> Too
         raise RequestError(f"{param} is {json_type(value)}. Allowed: a string or an object.", param=param)
     kind = value.get("type", "function")
     if kind == "function":
-        inner = typed(value.get("function", value), dict, f"{param}.function")
-        return ToolChoice("required", frozenset((_known_name(inner.get("name"), names, f"{param}.function.name"),)))
+        inner, where = value, param
+        if "function" in value:
+            inner, where = typed(value["function"], dict, f"{param}.function"), f"{param}.function"
+        return ToolChoice("required", frozenset((_known_name(inner.get("name"), names, f"{where}.name"),)))
     if kind != "allowed_tools":
         raise RequestError(
             f"{param}.type={str(kind)[:80]!r} is not known. Allowed: function, allowed_tools.", param=f"{param}.type"

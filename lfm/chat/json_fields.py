@@ -1,6 +1,7 @@
 """Reading decoded JSON whose shape nobody has checked: a value of the wrong type is a RequestError with its path."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -33,9 +34,18 @@ def optional_text(value: object, where: str) -> str | None:
 def parse_arguments(text: str, where: str) -> object:
     """The arguments of a tool call, which travel as JSON in a string."""
     try:
-        return json.loads(text) if text.strip() else {}  # clients send "" for a call without arguments
+        # Clients send "" for a call without arguments.
+        return json.loads(text, parse_constant=_finite, parse_float=_finite) if text.strip() else {}
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{where} is not JSON ({error}). Send a JSON object as a string.", param=where) from error
+
+
+def _finite(text: str) -> float:
+    """A number of JSON, which knows no NaN and no infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:80]} is no finite number")
+    return value
 
 
 def json_type(value: object) -> str:

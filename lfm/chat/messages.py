@@ -1,7 +1,7 @@
 """The messages of a conversation, and the checks that every front end needs before a prompt is built from them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lfm.chat.json_fields import json_type, optional_text, parse_arguments, typed
 from lfm.errors import RequestError
@@ -20,10 +20,14 @@ class ContentPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A call that the assistant made in an earlier turn; `arguments` holds JSON values."""
+    """A call that the assistant made in an earlier turn; `arguments` holds JSON values.
+
+    `id` is what results refer to it by. It is no part of what the model reads.
+    """
 
     name: str
     arguments: Mapping[str, object]
+    id: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,11 +119,13 @@ def _parse_content(value: object, where: str) -> str | list[ContentPart] | None:
 
 
 def _parse_tool_call(value: object, where: str) -> ToolCall:
-    function = typed(typed(value, dict, where).get("function"), dict, f"{where}.function")
+    raw = typed(value, dict, where)
+    function = typed(raw.get("function"), dict, f"{where}.function")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = parse_arguments(arguments, f"{where}.function.arguments")
     return ToolCall(
         name=typed(function.get("name"), str, f"{where}.function.name"),
         arguments=typed(arguments, dict, f"{where}.function.arguments"),
+        id=optional_text(raw.get("id"), f"{where}.id"),
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from lfm.chat.messages import Message, check_messages
 from lfm.chat.tokenizer import Tokenizer, check_text
-from lfm.chat.tool_calls import render_calls
+from lfm.chat.tool_calls import CallForm, render_calls, render_json_calls
 from lfm.errors import RequestError
 
 Tool = Mapping[str, object] | str
@@ -20,6 +20,8 @@ def build_prompt(
     messages: Sequence[Message],
     *,
     tools: Sequence[Tool] = (),
+    call_form: CallForm = "pythonic",
+    system_note: str = "",
     add_generation_prompt: bool = True,
     keep_past_thinking: bool = False,
 ) -> list[int]:
@@ -27,6 +29,8 @@ def build_prompt(
 
     Args:
         tools: definitions as JSON objects, or texts that are taken as they are.
+        call_form: how the calls of earlier turns are written.
+        system_note: a line of our own behind the system text.
         keep_past_thinking: leave `<think>` parts in assistant turns before the last one.
 
     Raises RequestError whose `param` names the message, part or tool that no prompt can hold.
@@ -34,13 +38,13 @@ def build_prompt(
     check_messages(messages)
     writer = _PromptWriter(tokenizer)
     has_system = messages[0].role in ("system", "developer")
-    _write_system(writer, messages[0].text if has_system else "", tools)
+    _write_system(writer, messages[0].text if has_system else "", tools, note=system_note)
     last_assistant = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
     for index in range(int(has_system), len(messages)):
         message = messages[index]
         is_past = message.role == "assistant" and index != last_assistant
         strips_thinking = is_past and not keep_past_thinking and tokenizer.prompt_form == "plain"
-        _write_message(writer, message, index, strips_thinking=strips_thinking)
+        _write_message(writer, message, index, strips_thinking=strips_thinking, call_form=call_form)
     if add_generation_prompt:
         writer.control(tokenizer.special.im_start)
         writer.text("assistant\n")
@@ -74,7 +78,9 @@ class _PromptWriter:
         return ids
 
 
-def _write_system(writer: _PromptWriter, text: str, tools: Sequence[Tool]) -> None:
+def _write_system(writer: _PromptWriter, text: str, tools: Sequence[Tool], *, note: str) -> None:
+    if note:
+        text = f"{text}\n{note}" if text else note
     if not text and not tools:
         return  # LFM2 has no default system prompt
     special = writer.tokenizer.special
@@ -97,7 +103,9 @@ def _write_system(writer: _PromptWriter, text: str, tools: Sequence[Tool]) -> No
     writer.text("\n")
 
 
-def _write_message(writer: _PromptWriter, message: Message, index: int, *, strips_thinking: bool) -> None:
+def _write_message(
+    writer: _PromptWriter, message: Message, index: int, *, strips_thinking: bool, call_form: CallForm
+) -> None:
     special = writer.tokenizer.special
     is_response = message.role == "tool" and writer.tokenizer.prompt_form == "wrapped"
     text = message.text
@@ -106,7 +114,7 @@ def _write_message(writer: _PromptWriter, message: Message, index: int, *, strip
     writer.control(special.im_start)
     writer.text("system\n" if message.role == "developer" else f"{message.role}\n")
     if message.tool_calls:
-        _write_calls(writer, message, f"messages[{index}].tool_calls")
+        _write_calls(writer, message, f"messages[{index}].tool_calls", call_form)
     if is_response:
         writer.control(special.tool_response_start)
     writer.text(text, f"messages[{index}].content")
@@ -116,13 +124,13 @@ def _write_message(writer: _PromptWriter, message: Message, index: int, *, strip
     writer.text("\n")
 
 
-def _write_calls(writer: _PromptWriter, message: Message, param: str) -> None:
+def _write_calls(writer: _PromptWriter, message: Message, param: str, call_form: CallForm) -> None:
     # The published templates drop tool_calls. The model writes its calls before any prose, so the history does too.
     special = writer.tokenizer.special
     if special.tool_call_start is None or special.tool_call_end is None:
         raise RequestError(f"{param} cannot be used: this model has no tool call tokens. Remove it.", param=param)
     try:
-        calls = render_calls(message.tool_calls)
+        calls = (render_json_calls if call_form == "json" else render_calls)(message.tool_calls)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{param} holds arguments that are not plain JSON ({error}).", param=param) from error
     writer.control(special.tool_call_start)

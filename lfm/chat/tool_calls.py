@@ -2,8 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from lfm.chat.messages import ToolCall
+
+CallForm = Literal["pythonic", "json"]
 
 
 def render_calls(calls: Sequence[ToolCall]) -> str:

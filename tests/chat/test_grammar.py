@@ -4,12 +4,13 @@ import random
 
 import pytest
 
-from lfm.chat.grammar import AnswerFormat, CallForm, answer_grammar, calls_grammar
+from lfm.chat.grammar import AnswerFormat, answer_grammar, calls_grammar
 from lfm.chat.grammar_calls import ToolGrammar
 from lfm.chat.grammar_formats import parse_answer_format
 from lfm.chat.schema import read_schema
 from lfm.chat.schema_regex import parse_regex
 from lfm.chat.tokenizer import SpecialTokens
+from lfm.chat.tool_calls import CallForm
 from lfm.errors import RequestError
 from lfm.protocol import GrammarSpec
 from tests.chat.grammar_walks import allowed_ids, grammars, read_calls, tokenizer, walk

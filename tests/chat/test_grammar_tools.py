@@ -2,7 +2,7 @@
 
 import pytest
 
-from lfm.chat.grammar_tools import ToolChoice, ToolSet, ToolSets, call_form, parse_tool_choice
+from lfm.chat.grammar_tools import ANTHROPIC_TOOLS, ToolChoice, ToolSet, ToolSets, call_form, parse_tool_choice
 from lfm.chat.messages import Message
 from lfm.errors import RequestError
 from tests.chat.grammar_walks import allowed_ids, grammars, tokenizer
@@ -59,6 +59,21 @@ def test_a_broken_definition_is_refused_under_its_path(tool: object, param: str)
     with pytest.raises(RequestError) as caught:
         read(tool)
     assert caught.value.param == param
+
+
+def test_tools_in_anthropics_form_have_their_schema_in_another_field() -> None:
+    shelf = ToolSets(max_tokens=CONTEXT)
+    raw = [{"name": "a", "description": "D", "input_schema": CITY}, {"type": "custom", "name": "b", "input_schema": {}}]
+    tools = shelf.read(raw, syntax=ANTHROPIC_TOOLS)
+    assert tools.definitions[0] == {"name": "a", "description": "D", "parameters": CITY}
+    assert tools.names == ("a", "b")
+    with pytest.raises(RequestError) as caught:
+        shelf.read([{"name": "a", "input_schema": {"type": "array"}}], syntax=ANTHROPIC_TOOLS)
+    assert caught.value.param == "tools[0].input_schema"
+    for raw, param in (([{"type": "web_search_20250305", "name": "web_search"}], "tools[0].type"),):
+        with pytest.raises(RequestError) as caught:
+            shelf.read(raw, syntax=ANTHROPIC_TOOLS)
+        assert caught.value.param == param
 
 
 def test_duplicates_and_too_many_tools_are_refused() -> None:
@@ -121,6 +136,7 @@ def test_every_form_of_tool_choice_is_read(value: object, choice: ToolChoice) ->
         ({"type": "custom"}, "tool_choice.type"),
         ({"type": "function", "function": {"name": "z"}}, "tool_choice.function.name"),
         ({"type": "function", "function": {}}, "tool_choice.function.name"),
+        ({"type": "function", "name": "z"}, "tool_choice.name"),
         ({"type": "allowed_tools", "allowed_tools": {"mode": "never", "tools": []}}, "tool_choice.allowed_tools.mode"),
         ({"type": "allowed_tools", "allowed_tools": {"tools": []}}, "tool_choice.allowed_tools.tools"),
         ({"type": "allowed_tools", "tools": [{"name": "z"}]}, "tool_choice.tools[0].name"),

@@ -68,6 +68,12 @@ def test_a_call_without_arguments_may_be_written_in_several_ways(arguments: obje
         (call({"name": "f", "arguments": "{"}), "messages[0].tool_calls[0].function.arguments"),
         (call({"name": "f", "arguments": "[1]"}), "messages[0].tool_calls[0].function.arguments"),
         (call({"name": "f", "arguments": "[" * 100_000}), "messages[0].tool_calls[0].function.arguments"),
+        (call({"name": "f", "arguments": '{"a": NaN}'}), "messages[0].tool_calls[0].function.arguments"),
+        (call({"name": "f", "arguments": '{"a": 1e999}'}), "messages[0].tool_calls[0].function.arguments"),
+        (
+            [{"role": "assistant", "tool_calls": [{"id": 1, "function": {"name": "f", "arguments": {}}}]}],
+            "messages[0].tool_calls[0].id",
+        ),
         (call({"name": "f", "arguments": "1" * 5000}), "messages[0].tool_calls[0].function.arguments"),
     ],
 )

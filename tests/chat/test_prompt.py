@@ -306,6 +306,20 @@ def test_what_no_token_can_express_is_refused_with_its_field(
     assert param in str(caught.value)
 
 
+def test_calls_of_the_history_are_written_in_the_form_that_was_asked_for(plain_tokenizer: Tokenizer) -> None:
+    call = ToolCall(name="f", arguments={"a": ["x", None]}, id="1")
+    messages = [Message(role="user", content="Hi"), Message(role="assistant", tool_calls=[call])]
+    ids = build_prompt(plain_tokenizer, messages, call_form="json", system_note="Output function calls as JSON.")
+    text = b"".join(map(plain_tokenizer.token_bytes, ids)).decode()
+    assert "system\nOutput function calls as JSON.<|im_end|>" in text
+    assert '<|tool_call_start|>[{"name": "f", "arguments": {"a": ["x", null]}}]<|tool_call_end|>' in text
+    ids = build_prompt(
+        plain_tokenizer, [Message(role="system", content="A"), *messages], tools=[{"name": "f"}], system_note="B"
+    )
+    text = b"".join(map(plain_tokenizer.token_bytes, ids)).decode()
+    assert 'system\nA\nB\nList of tools: [{"name": "f"}]<|im_end|>' in text
+
+
 def test_calls_are_refused_where_the_tokenizer_has_no_call_tokens() -> None:
     special = [text for text in SPECIAL_TOKEN_TEXTS if "tool_call" not in text]
     tokenizer = Tokenizer(tokenizer_json(special=special), config=tiny_config(), origin="test")

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm.chat.grammar import AnswerFormat, CallForm, answer_grammar, calls_grammar
+from lfm.chat.grammar import AnswerFormat, answer_grammar, calls_grammar
 from lfm.chat.grammar_calls import ToolGrammar
 from lfm.chat.schema import read_schema
+from lfm.chat.tool_calls import CallForm
 from lfm.errors import RequestError
 from tests.chat.grammar_walks import read_calls, text_of, tokenizer, walk
 from tests.chat.schemas import BENCH, DEFINITIONS, JsonObject, as_document, schemas

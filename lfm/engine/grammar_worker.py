@@ -60,19 +60,23 @@ class GrammarTrial:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._passed: OrderedDict[bytes, None] = OrderedDict()
+        self._passed_lock = threading.Lock()
+
+    def has_passed(self, spec: GrammarSpec) -> bool:
+        """Whether `check` has nothing left to try. Never waits for the trial of another grammar."""
+        return self._remembers(_digest(spec))
 
     def check(self, spec: GrammarSpec, *, param: str = "response_format") -> None:
         """Return if the grammar can be used. Raises RequestError naming `param` if it cannot."""
-        key = blake2b(spec.text.encode("utf-8"), digest_size=16).digest()
+        key = _digest(spec)
+        if self._remembers(key):
+            return
         with self._lock:
-            if key in self._passed:
-                self._passed.move_to_end(key)
+            if self._remembers(key):  # somebody else's request had it tried meanwhile
                 return
             verdict = self._try(spec.text)
             if verdict.error is None:
-                self._passed[key] = None
-                if len(self._passed) > MAX_REMEMBERED:
-                    self._passed.popitem(last=False)
+                self._remember(key)
         if verdict.error is not None:
             raise RequestError(
                 f"{param} makes a grammar that cannot be used: {verdict.error}. Make it simpler.",
@@ -84,6 +88,19 @@ class GrammarTrial:
         """End the worker process."""
         with self._lock:
             self._kill()
+
+    def _remembers(self, key: bytes) -> bool:
+        with self._passed_lock:
+            if key not in self._passed:
+                return False
+            self._passed.move_to_end(key)
+            return True
+
+    def _remember(self, key: bytes) -> None:
+        with self._passed_lock:
+            self._passed[key] = None
+            if len(self._passed) > MAX_REMEMBERED:
+                self._passed.popitem(last=False)
 
     def _try(self, text: str) -> Verdict:
         process = self._running()
@@ -131,6 +148,10 @@ class GrammarTrial:
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+def _digest(spec: GrammarSpec) -> bytes:
+    return blake2b(spec.text.encode("utf-8"), digest_size=16).digest()
 
 
 def _write_frame(pipe: IO[bytes], data: bytes) -> None:

@@ -44,7 +44,9 @@ def intersections(count: int) -> str:
 
 @pytest.mark.slow
 def test_good_grammars_pass_and_are_remembered(trial: GrammarTrial) -> None:
+    assert not trial.has_passed(GOOD)
     trial.check(GOOD)
+    assert trial.has_passed(GOOD)
     trial.close()  # without a process, a grammar that passed before still passes
     trial.check(GOOD)
     trial.check(GrammarSpec(text='start: "other"'))

@@ -16,6 +16,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 256
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
+MAX_BANNED_IDS = 1024
 MAX_TEMPERATURE = 2.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_PRESENCE_FREQUENCY = 2.0
@@ -30,6 +31,7 @@ MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMAS_BYTES = 1024 * 1024
 MAX_SCHEMA_DEPTH = 32
 MAX_ENUM = 5000
+MAX_GRAMMAR_BYTES = 4 * 1024 * 1024
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -38,6 +40,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     top_k 0 means off. `logprobs` is the number of top alternatives to report besides the chosen token (None: report
     nothing). `prompt_logprobs` asks the same for every prompt token. `seed` None: a random one, made at admission.
+    `banned_ids` are never sampled, whatever their logits and biases.
     """
 
     max_tokens: int
@@ -54,6 +57,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    banned_ids: tuple[int, ...] = ()
+
+
+class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the tokens of one sequence must spell: a Lark grammar of llguidance's dialect, made by `lfm.chat.grammar`.
+
+    `trigger_id` None: the grammar holds from the first output token. Else all is free until that token is sampled, and
+    the grammar begins with it. A finished grammar allows the stop tokens alone, and these then end the sequence.
+    """
+
+    text: str
+    trigger_id: int | None = None
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -61,6 +76,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     `request_id` is made by the server and unique; a client's own id is only a label and never reaches the engine.
     `tenant` salts the prefix cache: sequences of different tenants never share blocks. `priority`: lower runs first.
+    `grammar` constrains the output; choices that share one object send it once. Who serves strangers has it tried
+    first (`lfm.engine.grammar_worker`). Tokens that it forces are output tokens like others, and cost less to compute.
     """
 
     request_id: str
@@ -70,17 +87,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     priority: int = 0
     # None: the engine's own rule (ids of the tokenizer only). False lets ids beyond the tokenizer through (benchmarks).
     mask_padded_ids: bool = True
-
-
-class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the tokens of one sequence must spell: a Lark grammar of llguidance's dialect, made by `lfm.chat.grammar`.
-
-    `trigger_id` None: the grammar holds from the first output token. Else all is free until that token is sampled, and
-    the grammar begins with it. A finished grammar allows the stop tokens alone.
-    """
-
-    text: str
-    trigger_id: int | None = None
+    grammar: GrammarSpec | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

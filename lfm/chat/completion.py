@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import msgspec
 
 from lfm.errors import RequestError
-from lfm.protocol import INT64_MAX, INT64_MIN, MAX_N, EngineRequest, SamplingParams
+from lfm.protocol import INT64_MAX, INT64_MIN, MAX_N, EngineRequest, GrammarSpec, SamplingParams
 
 MAX_DRAWN_SEED = 2**53 - MAX_N  # JavaScript clients read larger numbers inexactly, and could not repeat the answer
 
@@ -20,6 +20,7 @@ def requests_for(
     first_choice: int = 0,
     tenant: str = "",
     priority: int = 0,
+    grammar: GrammarSpec | None = None,
 ) -> list[EngineRequest]:
     """Make one EngineRequest per choice: ids `<request_id>-<choice index>`, seeds `seed + i` for the i-th of the n.
 
@@ -41,6 +42,7 @@ def requests_for(
             sampling=msgspec.structs.replace(sampling, seed=_wrapped(base + i)),
             tenant=tenant,
             priority=priority,
+            grammar=grammar,
         )
         for i in range(n)
     ]

@@ -7,7 +7,7 @@ import math
 
 from lfm import protocol
 from lfm.errors import RequestError
-from lfm.protocol import EngineRequest, SamplingParams
+from lfm.protocol import EngineRequest, GrammarSpec, SamplingParams
 
 
 def validate(
@@ -20,6 +20,8 @@ def validate(
     _check_sampling(request.sampling, vocab_size=vocab_size)
     _check_range("priority", request.priority, -protocol.MAX_PRIORITY, protocol.MAX_PRIORITY)
     _check_prompt(request.prompt_ids, num_ids if request.mask_padded_ids else vocab_size)
+    if request.grammar is not None:
+        _check_grammar(request.grammar, num_ids)
     _check_context(len(request.prompt_ids), request.sampling.max_tokens, max_model_len, num_cache_tokens)
 
 
@@ -58,6 +60,7 @@ def _check_sampling(sampling: SamplingParams, *, vocab_size: int) -> None:
             param="min_tokens",
         )
     _check_logit_bias(sampling.logit_bias, vocab_size)
+    _check_banned_ids(sampling.banned_ids, vocab_size)
 
 
 def _check_logit_bias(bias: dict[int, float], vocab_size: int) -> None:
@@ -76,6 +79,36 @@ def _check_logit_bias(bias: dict[int, float], vocab_size: int) -> None:
                 f"logit_bias[{token_id}]={value} is out of range. Allowed: {-limit:g} to {limit:g}.",
                 param="logit_bias",
             )
+
+
+def _check_banned_ids(banned_ids: tuple[int, ...], vocab_size: int) -> None:
+    if len(banned_ids) > protocol.MAX_BANNED_IDS:
+        raise RequestError(
+            f"banned_ids has {len(banned_ids)} entries. Allowed: at most {protocol.MAX_BANNED_IDS}.", param="banned_ids"
+        )
+    for token_id in banned_ids:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"banned_ids holds token id {token_id}. Allowed: 0 to {vocab_size - 1}.", param="banned_ids"
+            )
+
+
+def _check_grammar(grammar: GrammarSpec, num_ids: int) -> None:
+    try:
+        num_bytes = len(grammar.text.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise RequestError("The grammar holds a lone surrogate. Send whole characters.", param="grammar") from None
+    if not 0 < num_bytes <= protocol.MAX_GRAMMAR_BYTES:
+        raise RequestError(
+            f"The grammar has {num_bytes} bytes. Allowed: 1 to {protocol.MAX_GRAMMAR_BYTES}. Send fewer or smaller "
+            "schemas.",
+            param="grammar",
+        )
+    if grammar.trigger_id is not None and not 0 <= grammar.trigger_id < num_ids:
+        raise RequestError(
+            f"The grammar's trigger_id={grammar.trigger_id} is out of range. Allowed: 0 to {num_ids - 1}.",
+            param="grammar",
+        )
 
 
 def _check_prompt(prompt_ids: list[int], num_ids: int) -> None:

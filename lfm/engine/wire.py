@@ -8,6 +8,7 @@ Three ways, each with its own set of messages:
     control  the engine process's stdin (Setup, then commands) and stdout (reports); one JSON struct per line.
 
 Prompts are packed as int32, once per prompt: n choices of a 30,000-token prompt are one frame of 120 KB.
+So are grammars.
 """
 
 from array import array
@@ -27,9 +28,10 @@ from lfm.errors import (
     RequestError,
     UsageError,
 )
-from lfm.protocol import EngineInfo, EngineRequest, EngineStats, ErrorInfo, TokenEvent
+from lfm.protocol import EngineInfo, EngineRequest, EngineStats, ErrorInfo, GrammarSpec, TokenEvent
 
-# A prompt of the longest context (1,048,576 ids, 4 MiB) and 128 choices with 1,024 logit biases each take under 6 MiB.
+# A prompt of the longest context (1,048,576 ids, 4 MiB), the longest grammar (4 MiB), and 128 choices with 1,024 logit
+# biases and banned ids each take under 11 MiB.
 MAX_REQUEST_FRAME_BYTES = 16 * 1024 * 1024
 # 1,048,576 prompt positions with 20 logprobs each take some 350 MB.
 MAX_EVENT_FRAME_BYTES = 1024 * 1024 * 1024
@@ -48,10 +50,14 @@ class Goodbye(msgspec.Struct, tag="goodbye", array_like=True, frozen=True):
 
 
 class Add(msgspec.Struct, tag="add", array_like=True, frozen=True):
-    """Sequences of one prompt. `prompt` is int32 in host byte order; the requests' own `prompt_ids` are empty."""
+    """Sequences of one prompt and one grammar. `prompt` is int32 in host byte order.
+
+    The requests' own `prompt_ids` are empty, and their `grammar` is None.
+    """
 
     prompt: bytes
     requests: list[EngineRequest]
+    grammar: GrammarSpec | None = None
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True, frozen=True):
@@ -146,41 +152,45 @@ def status_address(directory: Path) -> str:
 
 
 def encode_adds(requests: Sequence[EngineRequest]) -> list[bytes]:
-    """One Add frame per distinct prompt, in order. Raises RequestError for ids or sizes that cannot travel."""
-    groups: list[tuple[list[int], list[EngineRequest]]] = []
+    """One Add frame per distinct prompt and grammar, in order. Raises RequestError for what cannot travel."""
+    groups: list[list[EngineRequest]] = []
     for request in requests:
-        if not groups or groups[-1][0] is not request.prompt_ids:
-            groups.append((request.prompt_ids, []))
-        groups[-1][1].append(msgspec.structs.replace(request, prompt_ids=[]))
-    return [_encode_add(prompt_ids, group) for prompt_ids, group in groups]
+        first = groups[-1][0] if groups else None
+        if first is None or first.prompt_ids is not request.prompt_ids or first.grammar is not request.grammar:
+            groups.append([])
+        groups[-1].append(request)
+    return [_encode_add(group[0].prompt_ids, group[0].grammar, group) for group in groups]
 
 
-def _encode_add(prompt_ids: list[int], requests: list[EngineRequest]) -> bytes:
+def _encode_add(prompt_ids: list[int], grammar: GrammarSpec | None, requests: list[EngineRequest]) -> bytes:
+    requests = [msgspec.structs.replace(request, prompt_ids=[], grammar=None) for request in requests]
     try:
         prompt = array("i", prompt_ids).tobytes()
     except (OverflowError, TypeError) as error:
         message = f"prompt holds a token id that is no int32 ({error}). Send ids of the model's vocabulary."
         raise RequestError(message, param="prompt") from error
     try:
-        frame = msgspec.msgpack.encode(Add(prompt, requests))
+        frame = msgspec.msgpack.encode(Add(prompt, requests, grammar))
         client_frame_decoder.decode(frame)  # what the engine could not read would never be answered
     except (OverflowError, TypeError, ValueError) as error:
         raise RequestError(f"a field of the request has a value of a wrong type or size ({error}).") from error
     if len(frame) > MAX_REQUEST_FRAME_BYTES:
         raise RequestError(
             f"prompt of {len(prompt_ids)} tokens makes a message of {len(frame)} bytes; at most "
-            f"{MAX_REQUEST_FRAME_BYTES} bytes can reach the engine. Send a shorter prompt.",
+            f"{MAX_REQUEST_FRAME_BYTES} bytes can reach the engine. Send a shorter prompt or grammar.",
             param="prompt",
         )
     return frame
 
 
 def requests_of(message: Add) -> list[EngineRequest]:
-    """The requests of an Add with their prompt put back; all share one list. Raises ValueError if it is cut off."""
+    """The requests of an Add with prompt and grammar put back; all share them. Raises ValueError if it is cut off."""
     prompt = array("i")
     prompt.frombytes(message.prompt)
     prompt_ids = prompt.tolist()
-    return [msgspec.structs.replace(request, prompt_ids=prompt_ids) for request in message.requests]
+    return [
+        msgspec.structs.replace(request, prompt_ids=prompt_ids, grammar=message.grammar) for request in message.requests
+    ]
 
 
 def to_error_info(error: RequestError) -> ErrorInfo:

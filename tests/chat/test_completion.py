@@ -5,7 +5,7 @@ import pytest
 
 from lfm.chat.completion import requests_for
 from lfm.errors import RequestError
-from lfm.protocol import INT64_MAX, INT64_MIN, EngineRequest, SamplingParams
+from lfm.protocol import INT64_MAX, INT64_MIN, EngineRequest, GrammarSpec, SamplingParams
 
 PARAMS = SamplingParams(max_tokens=5, temperature=0.7, stop_token_ids=(7,))
 
@@ -61,3 +61,9 @@ def test_a_seed_beyond_64_bits_is_refused(seed: int) -> None:
     with pytest.raises(RequestError, match="out of range") as caught:
         requests_for([1], request_id="a", sampling=msgspec.structs.replace(PARAMS, seed=seed))
     assert caught.value.param == "seed"
+
+
+def test_choices_share_one_grammar() -> None:
+    grammar = GrammarSpec(text='start: "x"')
+    requests = requests_for([1], request_id="a", sampling=PARAMS, n=2, grammar=grammar)
+    assert [request.grammar is grammar for request in requests] == [True, True]

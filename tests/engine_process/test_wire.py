@@ -32,7 +32,17 @@ from lfm.errors import (
     RequestError,
     UsageError,
 )
-from lfm.protocol import EngineRequest, EngineStats, ErrorInfo, SamplingParams, TokenEvent, TokenLogprob
+from lfm.protocol import (
+    MAX_GRAMMAR_BYTES,
+    MAX_N,
+    EngineRequest,
+    EngineStats,
+    ErrorInfo,
+    GrammarSpec,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+)
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 
@@ -71,6 +81,33 @@ def test_choices_share_one_prompt_on_the_wire_and_in_memory() -> None:
     requests = decoded(frames)
     assert requests[0].prompt_ids == prompt_ids
     assert requests[127].prompt_ids is requests[0].prompt_ids
+
+
+def test_choices_share_one_grammar_on_the_wire_and_in_memory() -> None:
+    prompt_ids = [1]
+    long, other = GrammarSpec(text="x" * 100_000), GrammarSpec(text="y", trigger_id=10)
+    requests = [
+        msgspec.structs.replace(a_request(f"a-{i}", prompt_ids), grammar=grammar)
+        for i, grammar in enumerate([long] * 20 + [other, None])
+    ]
+    frames = encode_adds(requests)
+    assert len(frames) == 3
+    assert sum(map(len, frames)) < 105_000
+    arrived = decoded(frames)
+    assert arrived == requests
+    assert arrived[19].grammar is arrived[0].grammar
+
+
+def test_the_largest_request_fits_into_a_frame() -> None:
+    sampling = SamplingParams(
+        max_tokens=1,
+        logit_bias=dict.fromkeys(range(2**20, 2**20 + 1024), -99.9),
+        banned_ids=tuple(range(2**20, 2**20 + 1024)),
+    )
+    grammar, prompt_ids = GrammarSpec(text="x" * MAX_GRAMMAR_BYTES), [0] * 2**20
+    request = EngineRequest(request_id="a", prompt_ids=prompt_ids, sampling=sampling, grammar=grammar)
+    frames = encode_adds([msgspec.structs.replace(request, request_id=f"a-{i}") for i in range(MAX_N)])
+    assert len(frames) == 1
 
 
 @pytest.mark.parametrize("token_id", [2**31, -(2**31) - 1, 10**30, "7", 1.0, None])

@@ -19,6 +19,7 @@ from lfm.kernels.moe_small import MAX_TOKENS as MAX_SMALL_TOKENS
 from lfm.kernels.moe_small import experts_small
 from lfm.kernels.norm import widen
 from lfm.kernels.triton_guard import runs_triton
+from lfm.kernels.weights import ExpertScales, scaled
 
 
 def _sort_by_expert(chosen_TA: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -40,16 +41,25 @@ def _combine(h_TD: Tensor, out_PD: Tensor, order_P: Tensor, weights_TA: Tensor) 
 
 
 def experts_ref(
-    h_TD: Tensor, x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    h_TD: Tensor,
+    x_TD: Tensor,
+    chosen_TA: Tensor,
+    weights_TA: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    scales: ExpertScales | None = None,
 ) -> Tensor:
     """One expert after the other. The counts are read by the host, so this synchronises on a GPU."""
+    gate_up_scale, down_scale = scales or (None, None)
     order_P, ends_E = _sort_by_expert(chosen_TA, gate_up_E2FD.shape[0])
     x_PD = x_TD[order_P // chosen_TA.shape[1]]
     outputs, begin = [], 0
     for expert, end in enumerate(ends_E.tolist()):
         if end > begin:
-            gate, up = linear(x_PD[begin:end], gate_up_E2FD[expert]).chunk(2, dim=-1)
-            outputs.append(linear(silu(gate) * up, down_EDF[expert]))
+            gate_up = scaled(gate_up_E2FD[expert], None if gate_up_scale is None else gate_up_scale[expert], x_TD.dtype)
+            down = scaled(down_EDF[expert], None if down_scale is None else down_scale[expert], x_TD.dtype)
+            gate, up = linear(x_PD[begin:end], gate_up).chunk(2, dim=-1)
+            outputs.append(linear(silu(gate) * up, down))
         begin = end
     outputs.append(torch.zeros_like(x_PD[begin:]))  # pairs without an expert come last
     return _combine(h_TD, torch.cat(outputs), order_P, weights_TA)
@@ -61,14 +71,22 @@ def has_grouped_mm(x: Tensor) -> bool:
 
 
 def experts(
-    h_TD: Tensor, x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    h_TD: Tensor,
+    x_TD: Tensor,
+    chosen_TA: Tensor,
+    weights_TA: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    scales: ExpertScales | None = None,
 ) -> Tensor:
     """As `experts_ref`, in kernels that never ask the host; which of them is decided by the number of tokens alone."""
     num_tokens = x_TD.shape[0]
     _, hidden, width = down_EDF.shape
     is_fast = runs_triton(x_TD) and num_tokens > 0 and hidden % 64 == 0 and width % 64 == 0
     if not (is_fast and gate_up_E2FD.is_contiguous() and down_EDF.is_contiguous()):
-        return experts_ref(h_TD, x_TD, chosen_TA, weights_TA, gate_up_E2FD, down_EDF)
+        return experts_ref(h_TD, x_TD, chosen_TA, weights_TA, gate_up_E2FD, down_EDF, scales)
+    if scales is not None:
+        return experts_ref(h_TD, x_TD, chosen_TA, weights_TA, gate_up_E2FD, down_EDF, scales)
     run = experts_grouped
     if num_tokens <= MAX_SMALL_TOKENS:
         run = experts_small

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from lfm.kernels.fp8_gemm import fp8_product, fp8_project, has_fp8_product, quantise_tokens
 from lfm.kernels.stream_gemm import find_tile, stream_gate_up, stream_project
 from lfm.kernels.triton_guard import has_dependent_launch, runs_triton, tl, triton
 from lfm.kernels.weights import Linear, Norm
@@ -30,12 +31,12 @@ def rms_norm_ref(x_TD: Tensor, norm: Norm) -> Tensor:
 
 def project_ref(x_TD: Tensor, projection: Linear) -> Tensor:
     """x W^T + b [T, N]."""
-    return linear(x_TD, projection.weight, projection.bias)
+    return linear(x_TD, projection.plain(x_TD.dtype), projection.bias)
 
 
 def project_add_ref(h_TD: Tensor, x_TD: Tensor, projection: Linear) -> Tensor:
     """The residual stream after an operator: h + x W^T + b [T, D]."""
-    return h_TD + linear(x_TD, projection.weight, projection.bias)
+    return h_TD + project_ref(x_TD, projection)
 
 
 def norm_project_ref(h_TD: Tensor, norm: Norm, projection: Linear) -> Tensor:
@@ -43,10 +44,10 @@ def norm_project_ref(h_TD: Tensor, norm: Norm, projection: Linear) -> Tensor:
     return project_ref(rms_norm_ref(h_TD, norm), projection)
 
 
-def dense_ref(h_TD: Tensor, norm: Norm, gate_up_2ID: Tensor, down_DI: Tensor) -> Tensor:
-    """h + down(silu(gate x) * (up x)) with x = norm(h); rows 0..I-1 of `gate_up_2ID` are the gate."""
-    gate_TI, up_TI = linear(rms_norm_ref(h_TD, norm), gate_up_2ID).chunk(2, dim=-1)
-    return h_TD + linear(silu(gate_TI) * up_TI, down_DI)
+def dense_ref(h_TD: Tensor, norm: Norm, gate_up: Linear, down: Linear) -> Tensor:
+    """h + down(silu(gate x) * (up x)) with x = norm(h); rows 0..I-1 of `gate_up` [2 I, D] are the gate."""
+    gate_TI, up_TI = norm_project_ref(h_TD, norm, gate_up).chunk(2, dim=-1)
+    return project_add_ref(h_TD, silu(gate_TI) * up_TI, down)
 
 
 @triton.jit
@@ -106,6 +107,8 @@ def project(x_TD: Tensor, projection: Linear) -> Tensor:
     """As `project_ref`."""
     if tile := find_tile("project", x_TD, projection.weight):
         return stream_project(x_TD, projection, tile)
+    if has_fp8_product(x_TD, projection):
+        return fp8_project(x_TD, projection)
     return project_ref(x_TD, projection)
 
 
@@ -116,7 +119,9 @@ def project_add(h_TD: Tensor, x_TD: Tensor, projection: Linear) -> Tensor:
     """
     if tile := find_tile("project_add", x_TD, projection.weight):
         return stream_project(x_TD, projection, tile, residual_TN=h_TD)
-    if not runs_triton(x_TD):
+    if has_fp8_product(x_TD, projection):
+        return h_TD.add_(fp8_project(x_TD, projection))
+    if not runs_triton(x_TD) or projection.scale is not None:
         return project_add_ref(h_TD, x_TD, projection)
     h_TD.addmm_(x_TD, projection.weight.t())
     return h_TD if projection.bias is None else h_TD.add_(projection.bias)
@@ -126,15 +131,17 @@ def norm_project(h_TD: Tensor, norm: Norm, projection: Linear) -> Tensor:
     """As `norm_project_ref`."""
     if tile := find_tile("norm_project", h_TD, projection.weight):
         return stream_project(h_TD, projection, tile, norm=norm)
+    if has_fp8_product(h_TD, projection):
+        return fp8_product(*quantise_tokens(h_TD, norm), projection, h_TD.dtype)
     return project(rms_norm(h_TD, norm), projection)
 
 
-def dense(h_TD: Tensor, norm: Norm, gate_up_2ID: Tensor, down_DI: Tensor) -> Tensor:
+def dense(h_TD: Tensor, norm: Norm, gate_up: Linear, down: Linear) -> Tensor:
     """As `dense_ref`; h's memory may become the result's, as in `project_add`."""
-    if tile := find_tile("gate_up", h_TD, gate_up_2ID):
-        act_TI = stream_gate_up(h_TD, norm, gate_up_2ID, tile)
+    if tile := find_tile("gate_up", h_TD, gate_up.weight):
+        act_TI = stream_gate_up(h_TD, norm, gate_up, tile)
     elif runs_triton(h_TD):
-        act_TI = silu_mul(linear(rms_norm(h_TD, norm), gate_up_2ID))
+        act_TI = silu_mul(norm_project(h_TD, norm, gate_up))
     else:
-        return dense_ref(h_TD, norm, gate_up_2ID, down_DI)
-    return project_add(h_TD, act_TI, Linear(down_DI))
+        return dense_ref(h_TD, norm, gate_up, down)
+    return project_add(h_TD, act_TI, down)

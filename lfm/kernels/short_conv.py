@@ -35,7 +35,7 @@ def _taps(u_TD: Tensor, tails_NLD: Tensor, batch: ForwardBatch, tokens_M: Tensor
 
 def short_conv_ref(bcx_T3D: Tensor, conv: Linear, batch: ForwardBatch, tails_NLD: Tensor) -> Tensor:
     """Return y [T, D] and write the tails of the blocks that end in this step, after all reads."""
-    weight_DL, bias_D = conv
+    weight_DL, bias_D, _ = conv
     b_TD, c_TD, x_TD = bcx_T3D.chunk(3, dim=-1)
     u_TD = b_TD * x_TD
     window = weight_DL.shape[1]
@@ -54,7 +54,7 @@ def short_conv_ref(bcx_T3D: Tensor, conv: Linear, batch: ForwardBatch, tails_NLD
 def short_conv_packed(bcx_T3D: Tensor, conv: Linear, batch: ForwardBatch, tails_NLD: Tensor) -> Tensor:
     """The same without state, for training and full recompute: every row starts at position 0. Differentiable."""
     del tails_NLD
-    weight_DL, bias_D = conv
+    weight_DL, bias_D, _ = conv
     b_TD, c_TD, x_TD = bcx_T3D.chunk(3, dim=-1)
     u_TD = b_TD * x_TD
     window = weight_DL.shape[1]

@@ -208,7 +208,12 @@ def token_slots(num_tokens: int) -> int:
 def find_tile(what: str, x: Tensor, weight_NK: Tensor) -> Tile | None:
     """The tile for x W^T if the kernels of this file take these tensors and are the fastest choice."""
     num_inputs = weight_NK.shape[1]
-    takes = runs_triton(x) and x.stride(-1) == weight_NK.stride(-1) == 1 and num_inputs % 8 == 0
+    takes = (
+        runs_triton(x)
+        and weight_NK.dtype == x.dtype
+        and x.stride(-1) == weight_NK.stride(-1) == 1
+        and num_inputs % 8 == 0
+    )
     if not takes or x.shape[0] == 0:
         return None
     name = "down" if what == "project_add" and num_inputs > MANY_INPUTS else what
@@ -237,7 +242,7 @@ def stream_project(
     x_TK: Tensor, projection: Linear, tile: Tile, *, norm: Norm | None = None, residual_TN: Tensor | None = None
 ) -> Tensor:
     """The projection of a few tokens, with a norm in front or a residual behind it [T, N]."""
-    weight_NK, bias_N = projection
+    weight_NK, bias_N, _ = projection
     (num_tokens, num_inputs), num_outputs = x_TK.shape, weight_NK.shape[0]
     y_TN = x_TK.new_empty(num_tokens, num_outputs)
     project_kernel[(triton.cdiv(num_outputs, tile.rows),)](
@@ -263,8 +268,9 @@ def stream_project(
     return y_TN
 
 
-def stream_gate_up(x_TK: Tensor, norm: Norm, gate_up_2IK: Tensor, tile: Tile) -> Tensor:
+def stream_gate_up(x_TK: Tensor, norm: Norm, gate_up: Linear, tile: Tile) -> Tensor:
     """silu(norm(x) Wg^T) * (norm(x) Wu^T) of a few tokens [T, I]; a tile has `rows` of each matrix."""
+    gate_up_2IK = gate_up.weight
     (num_tokens, num_inputs), width = x_TK.shape, gate_up_2IK.shape[0] // 2
     y_TI = x_TK.new_empty(num_tokens, width)
     gate_up_kernel[(triton.cdiv(width, tile.rows),)](

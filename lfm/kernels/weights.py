@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -13,10 +14,33 @@ class Norm(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A projection: weight [out, in] and, where the checkpoint has one, bias [out]."""
+    """A projection: weight [out, in] and, where the checkpoint has one, bias [out].
+
+    A weight in fp8 (see fp8.py) stands for weight * scale[:, None], with `scale` [out] in fp32.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
+    scale: Tensor | None = None
+
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """The weight in the dtype of activations."""
+        return scaled(self.weight, self.scale, dtype)
+
+
+class ExpertScales(NamedTuple):
+    """The scales of a layer's experts in fp8: of gate and up [E, 2 F], and of down [E, D], in fp32."""
+
+    gate_up: Tensor
+    down: Tensor
+
+
+def scaled(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What a weight [..., in] with scales [...] of its rows stands for; without scales, the weight itself."""
+    if scale is None:
+        return weight
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (weight.to(wide) * scale[..., None].to(wide)).to(dtype)
 
 
 class Router(NamedTuple):

@@ -18,21 +18,22 @@ from torch import Tensor, nn
 from lfm.config import ModelConfig
 from lfm.kernels.attention import rope_tables
 from lfm.kernels.forward_batch import CacheTensors, ForwardBatch
-from lfm.kernels.weights import Linear, Norm, Rope, Router
+from lfm.kernels.weights import ExpertScales, Linear, Norm, Rope, Router
 from lfm.model.ops import Ops
 
 
 class Weight(nn.Module):
-    """A named weight, with an optional bias: the leaf of every checkpoint name."""
+    """A named weight, with an optional bias: the leaf of every checkpoint name. `scale`: of a weight in fp8."""
 
     def __init__(self, *shape: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
+        self.scale: Tensor | None = None
 
     @property
     def linear(self) -> Linear:
-        return Linear(self.weight, self.bias)
+        return Linear(self.weight, self.bias, self.scale)
 
 
 class RmsNorm(Weight):
@@ -75,16 +76,14 @@ class Attention(nn.Module):
         self.out_proj = Weight(hidden, config.num_attention_heads * head_dim)
         self.q_layernorm = RmsNorm(head_dim, config.norm_eps)
         self.k_layernorm = RmsNorm(head_dim, config.norm_eps)
-        self.merged_qkv: Tensor | None = None  # set by `pack`: q, k and v are views of it
+        self.merged_qkv: Linear | None = None  # set by `pack`: q, k and v are views of it
 
     def forward(
         self, h_TD: Tensor, norm: Norm, rope: Rope, batch: ForwardBatch, kv: tuple[Tensor, Tensor], ops: Ops
     ) -> Tensor:
-        qkv = self.merged_qkv
-        if qkv is None:
-            qkv = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
+        qkv = self.merged_qkv or merge(self.q_proj, self.k_proj, self.v_proj)
         q_norm, k_norm = self.q_layernorm.norm, self.k_layernorm.norm
-        q_THK, k_TGK, v_TGK = ops.qkv(h_TD, norm, Linear(qkv), q_norm, k_norm, rope, batch, *kv)
+        q_THK, k_TGK, v_TGK = ops.qkv(h_TD, norm, qkv, q_norm, k_norm, rope, batch, *kv)
         o_THK = ops.attend(q_THK, k_TGK, v_TGK, batch, *kv)
         return ops.project_add(h_TD, o_THK.flatten(1), self.out_proj.linear)
 
@@ -97,13 +96,16 @@ class DenseFeedForward(nn.Module):
         self.w1 = Weight(config.intermediate_size, config.hidden_size)
         self.w3 = Weight(config.intermediate_size, config.hidden_size)
         self.w2 = Weight(config.hidden_size, config.intermediate_size)
-        self.merged_gate_up: Tensor | None = None  # set by `pack`: w1 and w3 are views of it
+        self.merged_gate_up: Linear | None = None  # set by `pack`: w1 and w3 are views of it
 
     def forward(self, h_TD: Tensor, norm: Norm, batch: ForwardBatch, ops: Ops) -> Tensor:
-        gate_up = self.merged_gate_up
-        if gate_up is None:
-            gate_up = torch.cat((self.w1.weight, self.w3.weight))
-        return ops.dense(h_TD, norm, gate_up, self.w2.weight)
+        return ops.dense(h_TD, norm, self.merged_gate_up or merge(self.w1, self.w3), self.w2.linear)
+
+
+def merge(*parts: Weight) -> Linear:
+    """Projections of the same input as one: the parts' rows, one part after the other."""
+    scales = [part.scale for part in parts if part.scale is not None]
+    return Linear(torch.cat([part.weight for part in parts]), scale=torch.cat(scales) if scales else None)
 
 
 class Experts(nn.Module):
@@ -114,6 +116,7 @@ class Experts(nn.Module):
         experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.scales: ExpertScales | None = None  # of weights in fp8
 
 
 class MoeFeedForward(nn.Module):
@@ -139,7 +142,8 @@ class MoeFeedForward(nn.Module):
             scale=config.routed_scaling_factor,
         )
         x_TD, chosen_TA, weights_TA = ops.route(h_TD, norm, router, batch.is_real_T)
-        return ops.experts(h_TD, x_TD, chosen_TA, weights_TA, self.experts.gate_up_proj, self.experts.down_proj)
+        experts = self.experts
+        return ops.experts(h_TD, x_TD, chosen_TA, weights_TA, experts.gate_up_proj, experts.down_proj, experts.scales)
 
 
 class Layer(nn.Module):

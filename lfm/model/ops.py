@@ -25,7 +25,7 @@ from lfm.kernels.norm import (
 )
 from lfm.kernels.router import route, route_ref
 from lfm.kernels.short_conv import conv_in, conv_in_packed, conv_in_ref
-from lfm.kernels.weights import Linear, Norm, Rope, Router
+from lfm.kernels.weights import ExpertScales, Linear, Norm, Rope, Router
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +38,9 @@ class Ops:
     ] = qkv_ref
     attend: Callable[[Tensor, Tensor, Tensor, ForwardBatch, Tensor, Tensor], Tensor]
     project_add: Callable[[Tensor, Tensor, Linear], Tensor] = project_add_ref
-    dense: Callable[[Tensor, Norm, Tensor, Tensor], Tensor] = dense_ref
+    dense: Callable[[Tensor, Norm, Linear, Linear], Tensor] = dense_ref
     route: Callable[[Tensor, Norm, Router, Tensor | None], tuple[Tensor, Tensor, Tensor]] = route_ref
-    experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = experts_ref
+    experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, ExpertScales | None], Tensor] = experts_ref
     norm: Callable[[Tensor, Norm], Tensor] = rms_norm_ref
     head: Callable[[Tensor, Linear], Tensor] = project_ref
     is_capturable: bool = False  # whether decode steps can be captured: no op reads what only the host knows

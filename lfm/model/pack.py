@@ -5,7 +5,8 @@ Nothing is kept twice: the merged tensor takes the place of its parts, which bec
 
 import torch
 
-from lfm.model.lfm2 import Attention, DenseFeedForward, Lfm2, Weight
+from lfm.kernels.weights import Linear
+from lfm.model.lfm2 import Attention, DenseFeedForward, Lfm2, Weight, merge
 
 
 @torch.no_grad()
@@ -19,12 +20,14 @@ def pack(model: Lfm2) -> Lfm2:
     return model
 
 
-def _merge(*parts: Weight) -> torch.Tensor:
+def _merge(*parts: Weight) -> Linear:
     """The parts' rows in one tensor; each part becomes a view of its rows."""
-    merged = torch.cat([part.weight for part in parts])
+    merged = merge(*parts)
     begin = 0
     for part in parts:
         end = begin + part.weight.shape[0]
-        part.weight = torch.nn.Parameter(merged[begin:end], requires_grad=part.weight.requires_grad)
+        part.weight = torch.nn.Parameter(merged.weight[begin:end], requires_grad=part.weight.requires_grad)
+        if merged.scale is not None:
+            part.scale = merged.scale[begin:end]
         begin = end
     return merged

@@ -13,6 +13,7 @@ from torch.nn.functional import linear, silu
 
 from lfm.kernels.experts import has_grouped_mm
 from lfm.kernels.norm import widen
+from lfm.kernels.weights import ExpertScales
 
 
 class _Dispatch(torch.autograd.Function):
@@ -51,9 +52,16 @@ class _Combine(torch.autograd.Function):
 
 
 def experts_train(
-    h_TD: Tensor, x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    h_TD: Tensor,
+    x_TD: Tensor,
+    chosen_TA: Tensor,
+    weights_TA: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    scales: ExpertScales | None = None,
 ) -> Tensor:
     """h + the weighted sum of each token's experts [T, D]; differentiable in all floating-point arguments."""
+    assert scales is None, "weights in fp8 are not trained"
     num_experts, num_chosen = gate_up_E2FD.shape[0], chosen_TA.shape[1]
     flat_P = chosen_TA.flatten()
     order_P = flat_P.argsort(stable=True)

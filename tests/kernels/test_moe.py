@@ -105,7 +105,7 @@ def test_projection_and_dense_feed_forward_add_the_residual() -> None:
     normed = h / (h.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
     gate, up = (normed @ gate_up.T).chunk(2, dim=-1)
     expected = h + (gate * gate.sigmoid() * up) @ down.T
-    torch.testing.assert_close(dense_ref(h, norm, gate_up, down), expected)
+    torch.testing.assert_close(dense_ref(h, norm, Linear(gate_up), Linear(down)), expected)
 
 
 def test_a_bf16_norm_accumulates_in_fp32() -> None:

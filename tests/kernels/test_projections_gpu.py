@@ -73,7 +73,7 @@ def test_head(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 33])
 @pytest.mark.parametrize(("hidden", "width"), [(2048, 11776), (1024, 1000)])
 def test_dense_feed_forward(tokens: int, hidden: int, width: int) -> None:
-    gate_up, down = normal(2 * width, hidden, std=0.02), normal(hidden, width, seed=1, std=0.02)
+    gate_up, down = (Linear(normal(*shape, std=0.02)) for shape in ((2 * width, hidden), (hidden, width)))
     h = normal(tokens, hidden, seed=2)
     assert_as_good_as_reference(ops.dense, ops.dense_ref, h, a_norm(hidden), gate_up, down)
 
@@ -128,7 +128,7 @@ def test_captured_steps_repeat_bit_for_bit(tokens: int) -> None:
     """Inside a CUDA graph; replays give the same bits, also with other kernels started early beside them."""
     layer = Layer(HIDDEN, 3, tokens + 1)
     out = Linear(normal(HIDDEN, HIDDEN, seed=6, std=0.02))
-    gate_up, down = normal(2 * 1024, HIDDEN, seed=7, std=0.02), normal(HIDDEN, 1024, seed=8, std=0.02)
+    gate_up, down = Linear(normal(2 * 1024, HIDDEN, seed=7, std=0.02)), Linear(normal(HIDDEN, 1024, seed=8, std=0.02))
     batch = batch_of([(7, 8, [row + 1]) for row in range(tokens)], 16, "cuda")
     h, tails = normal(tokens, HIDDEN), normal(tokens + 1, 2, HIDDEN, seed=11)
 

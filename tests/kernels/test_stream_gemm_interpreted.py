@@ -63,7 +63,7 @@ else:
         norm = Norm(1 + draw(72, seed=2, dtype=dtype, std=0.1), 1e-5)
         gate, up = ops.norm_project_ref(x.double(), wide(norm), Linear(weight.double())).chunk(2, dim=-1)
         exact = torch.nn.functional.silu(gate) * up
-        assert_near(stream_gate_up(x, norm, weight, Tile(rows, 2, 1, 1, 128)), exact)
+        assert_near(stream_gate_up(x, norm, Linear(weight), Tile(rows, 2, 1, 1, 128)), exact)
 
     @pytest.mark.parametrize("tokens", [1, 5, 40])
     def test_public_ops_at_any_number_of_tokens(tokens: int) -> None:
@@ -78,8 +78,8 @@ else:
             ops.rms_norm_ref(wide_h, wide_norm) @ down.double(),
         )
         assert_near(ops.project_add(h.clone(), x, out), ops.project_add_ref(wide_h, x.double(), wide(out)))
-        exact = ops.dense_ref(wide_h, wide_norm, gate_up.double(), down.double())
-        assert_near(ops.dense(h.clone(), norm, gate_up, down), exact)
+        exact = ops.dense_ref(wide_h, wide_norm, Linear(gate_up.double()), Linear(down.double()))
+        assert_near(ops.dense(h.clone(), norm, Linear(gate_up), Linear(down)), exact)
 
     def test_strided_rows() -> None:
         """x, the residual and the weight may be slices of wider tensors."""

@@ -21,9 +21,9 @@ def test_packing_changes_no_name_value_or_logit() -> None:
 def test_packed_parts_are_views_of_the_merged_weight() -> None:
     model = pack(random_model(tiny_config()))
     attention = model.model.layers[1].self_attn
-    attention.merged_qkv.zero_()
+    attention.merged_qkv.weight.zero_()
     assert not attention.q_proj.weight.any()
     assert not attention.v_proj.weight.any()
     dense = model.model.layers[0].feed_forward
-    dense.merged_gate_up.fill_(2.0)
+    dense.merged_gate_up.weight.fill_(2.0)
     assert (dense.w3.weight == 2.0).all()

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from lfm.search.ranking import bm25_scores
+from lfm.search.ranking import Bm25
 from lfm.search.sentences import sentence_spans
 
 _NUMBERS = r"\d{1,4}(?:\s{0,2}[,;]\s{0,2}\d{1,4}){0,20}"
@@ -59,12 +59,24 @@ def find_citations(answer: str, numbers: Collection[int]) -> list[Citation]:
 
 def supporting_span(statement: str, text: str) -> tuple[int, int] | None:
     """The sentence of a source's text that shares most with a statement, as offsets; None if none shares a word."""
-    spans = [(start, end) for start, end in sentence_spans(text) if text[start:end].strip()]
-    scores = bm25_scores(statement, [text[start:end] for start, end in spans])
-    if not any(scores):
-        return None
-    start, end = spans[max(range(len(spans)), key=scores.__getitem__)]
-    return start, start + len(text[start:end].rstrip())
+    return Support(text).span(statement)
+
+
+class Support:
+    """A source's text that several statements cite: it is read once."""
+
+    def __init__(self, text: str) -> None:
+        self._spans = [
+            (start, start + len(text[start:end].rstrip()))
+            for start, end in sentence_spans(text)
+            if text[start:end].strip()
+        ]
+        self._ranking = Bm25([text[start:end] for start, end in self._spans])
+
+    def span(self, statement: str) -> tuple[int, int] | None:
+        """The sentence that shares most with the statement, as offsets; None if none shares a word."""
+        scores = self._ranking.scores(statement)
+        return self._spans[max(range(len(scores)), key=scores.__getitem__)] if any(scores) else None
 
 
 def _numbers_in(marks: str) -> list[int]:

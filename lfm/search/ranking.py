@@ -16,19 +16,28 @@ _RANK_OFFSET = 60  # of reciprocal rank fusion, from the paper that proposed it 
 
 def bm25_scores(question: str, texts: Sequence[str]) -> list[float]:
     """How well each text matches the question among these texts; 0 for one that shares no term with it."""
-    wanted = query_terms(question)
-    counts = [Counter(index_terms(text)) for text in texts]
-    lengths = [count.total() for count in counts]
-    mean_length = sum(lengths) / len(lengths) if any(lengths) else 1.0
-    scores = [0.0] * len(texts)
-    for term in wanted:
-        num_with = sum(term in count for count in counts)
-        rarity = math.log(1 + (len(texts) - num_with + 0.5) / (num_with + 0.5))
-        for index, count in enumerate(counts):
-            if frequency := count[term]:
-                damping = _K1 * (1 - _B + _B * lengths[index] / mean_length)
-                scores[index] += rarity * frequency * (_K1 + 1) / (frequency + damping)
-    return scores
+    return Bm25(texts).scores(question)
+
+
+class Bm25:
+    """Some texts that several questions are asked about: their terms are counted once."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._counts = [Counter(index_terms(text)) for text in texts]
+        self._lengths = [count.total() for count in self._counts]
+        self._mean_length = sum(self._lengths) / len(texts) if any(self._lengths) else 1.0
+
+    def scores(self, question: str) -> list[float]:
+        """How well each text matches the question among these texts; 0 for one that shares no term with it."""
+        scores = [0.0] * len(self._counts)
+        for term in query_terms(question):
+            num_with = sum(term in count for count in self._counts)
+            rarity = math.log(1 + (len(scores) - num_with + 0.5) / (num_with + 0.5))
+            for index, count in enumerate(self._counts):
+                if frequency := count[term]:
+                    damping = _K1 * (1 - _B + _B * self._lengths[index] / self._mean_length)
+                    scores[index] += rarity * frequency * (_K1 + 1) / (frequency + damping)
+        return scores
 
 
 def fuse(rankings: Sequence[Sequence[_K]]) -> list[tuple[_K, float]]:

@@ -81,10 +81,35 @@ class EchoedPrompt(BaseModel):
     logprobs: TokenArrays | None
 
 
+class DocumentPlace(BaseModel):
+    """A sentence of the request's document number `index`, from 0."""
+
+    index: int
+    start_index: int
+    end_index: int
+
+
+class UrlCitation(BaseModel):
+    """[start_index, end_index) of the answer is the statement that the source supports; `content` is what it says."""
+
+    start_index: int
+    end_index: int
+    title: str
+    url: str
+    content: str | None = None
+    document: DocumentPlace | None = None
+
+
+class Annotation(BaseModel):
+    type: Literal["url_citation"]
+    url_citation: UrlCitation
+
+
 class ChatAnswerMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    annotations: list[Annotation] = Field(default_factory=list)
 
 
 class ChatChoice(BaseModel):

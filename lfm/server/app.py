@@ -31,6 +31,8 @@ from lfm.server.models import ModelDetail, ModelList, ProjectModels, SupportedMo
 from lfm.server.openapi import OpenApi
 from lfm.server.render import Render
 from lfm.server.responses import InputItemList, Responses, StoredResponses
+from lfm.server.search import Search
+from lfm.server.search_service import SearchService
 from lfm.server.state import AppState, record_of
 from lfm.server.tokenize import Detokenize, Tokenize
 from lfm.service.data_folder import data_folder
@@ -51,6 +53,7 @@ def create_app(
     config: ServerConfig,
     worker: int = 0,
     responses: ResponsesStore | None = None,
+    search: SearchService | None = None,
 ) -> Starlette:
     """Make the ASGI app of one API process; its `AppState` is `app.state.lfm`.
 
@@ -58,6 +61,7 @@ def create_app(
         model_name: the name that requests must use (`ServerConfig.served_model_name`, else the model source's name).
         worker: number of this API process, for the metrics' label.
         responses: where responses are stored; by default in the user's data folder.
+        search: what searches; by default a local index that is not there.
     """
     state = AppState(
         backend=backend,
@@ -68,6 +72,7 @@ def create_app(
         config=config,
         metrics=Metrics(backend, model_name=model_name, worker=worker),
         responses=responses or ResponsesStore(data_folder() / "responses.sqlite3"),
+        search=search or SearchService(),
     )
     app = Starlette(
         routes=_routes(state),
@@ -96,6 +101,7 @@ def _routes(state: AppState) -> list[Route]:
             _route("GET DELETE", f"{prefix}/responses/{{response_id}}", StoredResponses(state)),
             _route("GET", f"{prefix}/responses/{{response_id}}/input_items", InputItemList(state)),
             _route("POST", f"{prefix}/messages/count_tokens", TokenCount(state)),
+            _route("POST", f"{prefix}/search", Search(state)),
             _route("POST", f"{prefix}/tokenize", Tokenize(state)),
             _route("POST", f"{prefix}/detokenize", Detokenize(state)),
             _route("GET", f"{prefix}/models", ModelList(state)),

@@ -1,16 +1,19 @@
 """POST /v1/chat/completions: messages to a prompt, deltas to chat JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from lfm.chat.output import Delta, TokenScore
 from lfm.server.admission import chat_prompt, shown_prompt
 from lfm.server.answer import AnswerHead, ChunkShape, Json, Usage, chat_usage
+from lfm.server.documents import ground
 from lfm.server.endpoint import Call, Prepared
 from lfm.server.generation import Choice
 from lfm.server.logprobs import chat_logprobs, token_arrays
 from lfm.server.refusals import CHAT_RULES
 from lfm.server.schemas import ChatRequest
+
+Annotate = Callable[[str], list[Json]]
 
 
 class Chat:
@@ -23,17 +26,29 @@ class Chat:
 
     async def prepare(self, request: ChatRequest, *, call: Call) -> Prepared:
         prompt_ids = await chat_prompt(request.messages, state=call.state, num_bytes=call.num_bytes, param="messages")
+        annotate = None
+        if request.documents:
+            grounding = await ground(request, num_prompt_tokens=len(prompt_ids), state=call.state)
+            annotate = grounding.annotations
+            prompt_ids = await chat_prompt(
+                grounding.messages, state=call.state, num_bytes=call.num_bytes, param="messages"
+            )
         echoed = shown_prompt(prompt_ids, call.state.tokenizer) if request.echo else None
-        return Prepared([prompt_ids], partial(ChatShape, echoed=echoed))
+        return Prepared([prompt_ids], partial(ChatShape, echoed=echoed, annotate=annotate))
 
 
 class ChatShape(ChunkShape):
-    """The JSON of one chat answer. `echoed` is the prompt as the model saw it, control tokens shown."""
+    """The JSON of one chat answer. `echoed` is the prompt as the model saw it, control tokens shown.
 
-    def __init__(self, head: AnswerHead, *, echoed: str | None) -> None:
+    `annotate` says what a whole text cites, where it was to answer from sources.
+    """
+
+    def __init__(self, head: AnswerHead, *, echoed: str | None, annotate: Annotate | None = None) -> None:
         super().__init__(head)
         self._echoed = echoed
         self._has_begun = False
+        self._annotate = annotate
+        self._texts: dict[int, list[str]] = {}  # of choices that will be annotated
 
     def opening(self, choices: Sequence[Choice]) -> list[Json]:
         """OpenAI's clients get the roles in front: its stream helper wants the choices to appear in their order."""
@@ -71,6 +86,8 @@ class ChatShape(ChunkShape):
         content: Json = {**role, "content": delta.text}
         if self._head.for_together and delta.token_ids:
             content["token_id"] = delta.token_ids[-1]
+        if self._annotate is not None:
+            content |= self._annotated(choice, delta, self._annotate)
         return {
             "index": choice.index,
             "delta": content,
@@ -79,10 +96,20 @@ class ChatShape(ChunkShape):
             "seed": choice.request.sampling.seed,
         }
 
+    def _annotated(self, choice: Choice, delta: Delta, annotate: Annotate) -> Json:
+        """The annotations of a streamed text, all in its last chunk: that is when it is known what it says."""
+        texts = self._texts.setdefault(choice.index, [])
+        texts.append(delta.text)
+        annotations = annotate("".join(texts)) if delta.finish_reason is not None else []
+        return {"annotations": annotations} if annotations else {}
+
     def _body_choice(self, choice: Choice, delta: Delta) -> Json:
+        message: Json = {"role": "assistant", "content": delta.text, "refusal": None}
+        if self._annotate is not None:
+            message["annotations"] = self._annotate(delta.text)
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "message": message,
             "logprobs": None if choice.request.sampling.logprobs is None else chat_logprobs(delta.logprobs),
             "finish_reason": delta.finish_reason,
             "seed": choice.request.sampling.seed,

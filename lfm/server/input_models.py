@@ -33,6 +33,14 @@ class ChatMessage(BaseModel):
     name: str | None = None
 
 
+class RequestDocument(BaseModel):
+    """A document to answer from. `content` is another name of `text`."""
+
+    text: str
+    title: str | None = None
+    url: str | None = None
+
+
 class InputPart(BaseModel):
     type: Literal["input_text", "output_text", "text"]
     text: str

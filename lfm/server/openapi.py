@@ -17,6 +17,7 @@ from lfm.server.asgi import send_bytes
 from lfm.server.messages_input import MessagesRequest, TokenCountRequest
 from lfm.server.responses_input import ResponsesRequest
 from lfm.server.schemas import ChatRequest, CompletionRequest
+from lfm.server.search import SearchRequest, SearchResults
 from lfm.server.state import AppState
 from lfm.server.tokenize import DetokenizeRequest, TokenizeRequest
 
@@ -79,6 +80,7 @@ OPERATIONS = (
     Operation("post", "/v1/responses/render", "The prompt of a request", answers.RenderAnswer, ResponsesRequest),
     Operation("post", "/v1/messages/render", "The prompt of a request", answers.RenderAnswer, MessagesRequest,
               error=answers.AnthropicError),
+    Operation("post", "/v1/search", "Results of a web or document search", SearchResults, SearchRequest),
     Operation("post", "/v1/tokenize", "A text or a conversation as ids", answers.TokenizeAnswer, TokenizeRequest),
     Operation("post", "/v1/detokenize", "Ids as text", answers.DetokenizeAnswer, DetokenizeRequest),
 )

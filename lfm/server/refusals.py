@@ -89,7 +89,6 @@ CHAT_RULES = FieldRules(
         "function_call": none_of("none", "auto"),
         "response_format": is_text_format,
         "web_search_options": none_of(),
-        "documents": none_of([]),
         "modalities": none_of(["text"], []),
         "audio": none_of(),
         "moderation": none_of(),

@@ -8,13 +8,14 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
 from lfm.chat.defaults import RequestedSampling
 from lfm.chat.messages import Message, parse_messages
 from lfm.errors import RequestError
 from lfm.protocol import MAX_PROMPTS, MAX_TOP_LOGPROBS
-from lfm.server.input_models import ChatMessage
+from lfm.search.packing import SourceDocument, parse_documents
+from lfm.server.input_models import ChatMessage, RequestDocument
 
 _R = TypeVar("_R", bound=BaseModel)
 
@@ -76,6 +77,18 @@ def _check_top_logprobs(value: int | None) -> int | None:
     if value is not None and not 0 <= value <= MAX_TOP_LOGPROBS:
         raise RequestError(
             f"top_logprobs={value} is out of range. Allowed: 0 to {MAX_TOP_LOGPROBS}.", param="top_logprobs"
+        )
+    return value
+
+
+def _parse_documents(value: object) -> list[SourceDocument]:
+    return [] if value is None else parse_documents(value)
+
+
+def _check_document_tokens(value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise RequestError(
+            f"max_document_tokens={value} is out of range. Allowed: 1 or more.", param="max_document_tokens"
         )
     return value
 
@@ -235,6 +248,11 @@ class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], PlainValidator(parse_messages, json_schema_input_type=list[ChatMessage])]
+    documents: Annotated[
+        list[SourceDocument],
+        PlainValidator(_parse_documents, json_schema_input_type=list[str | RequestDocument] | None),
+    ] = Field(default_factory=list)
+    max_document_tokens: Annotated[int | None, AfterValidator(_check_document_tokens)] = None
 
 
 class CompletionRequest(GenerationRequest):

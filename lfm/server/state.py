@@ -18,6 +18,7 @@ from lfm.errors import OverloadedError
 from lfm.protocol import ErrorInfo
 from lfm.server.errors import SHUTTING_DOWN
 from lfm.server.metrics import Metrics
+from lfm.server.search_service import SearchService
 from lfm.service.responses_store import ResponsesStore
 
 _RECORD_KEY = "lfm.record"
@@ -56,6 +57,8 @@ class AppState:
     config: ServerConfig
     metrics: Metrics
     responses: ResponsesStore
+    search: SearchService
+    packing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))  # large documents: one at a time
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     works: set[asyncio.Task[None]] = field(default_factory=set)  # generations in flight

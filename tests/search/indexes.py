@@ -1,7 +1,10 @@
 """Indexes for tests: on either backend, with documents of a few sentences."""
 
+import asyncio
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,10 @@ from lfm.search.chunks import cut
 from lfm.search.extracted import Extracted
 from lfm.search.fts5_index import Fts5Index
 from lfm.search.local_index import LocalIndex
+from lfm.search.setup import SearchConfig
 from lfm.search.store import NewDocument
 from lfm.search.text_index import TextIndex
+from lfm.server.search_service import SearchService
 
 HAS_TANTIVY = importlib.util.find_spec("tantivy") is not None
 BACKENDS = [
@@ -47,3 +52,15 @@ def document(path: str, text: str, *, title: str = "") -> NewDocument:
 
 def paths_found(index: LocalIndex, query: str, *, limit: int = 10) -> Sequence[str]:
     return [hit.chunk.path for hit in index.search(query, limit=limit)]
+
+
+@contextmanager
+def search_service(
+    folder: Path, documents: Mapping[str, str], config: SearchConfig | None = None
+) -> Iterator[SearchService]:
+    """What a server searches with: an index of `documents`, by path, and the providers of `config`."""
+    with LocalIndex(folder) as index:
+        index.store.write([document(path, text) for path, text in documents.items()])
+    service = SearchService(replace(config or SearchConfig(), index_folder=str(folder)))
+    yield service
+    asyncio.run(service.aclose())

@@ -20,6 +20,7 @@ from lfm.errors import LfmError, OverloadedError
 from lfm.protocol import EngineInfo, EngineRequest, EngineStats, TokenEvent, TokenLogprob
 from lfm.server.app import create_app
 from lfm.server.run import ApiServer, bind_socket
+from lfm.server.search_service import SearchService
 from lfm.server.state import AppState
 from lfm.service.responses_store import ResponsesStore
 from tests.waiting import wait_until
@@ -214,6 +215,7 @@ def make_app(
     *,
     model_name: str = MODEL,
     responses: ResponsesStore | None = None,
+    search: SearchService | None = None,
 ) -> Starlette:
     """Responses are stored only if there is a store for them: no test may write into the user's own."""
     return create_app(
@@ -224,6 +226,7 @@ def make_app(
         defaults=DEFAULTS,
         config=config or ServerConfig(),
         responses=responses or ResponsesStore(Path("/dev/null/responses.sqlite3")),
+        search=search,
     )
 
 
@@ -240,10 +243,11 @@ class AppClient:
     backend: FakeBackend = field(default_factory=FakeBackend)
     config: ServerConfig = field(default_factory=ServerConfig)
     responses: ResponsesStore | None = None
+    search: SearchService | None = None
     app: Starlette = field(init=False)
 
     def __post_init__(self) -> None:
-        self.app = make_app(self.backend, self.config, responses=self.responses)
+        self.app = make_app(self.backend, self.config, responses=self.responses, search=self.search)
 
     def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
         async def call() -> httpx2.Response:

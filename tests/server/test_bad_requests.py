@@ -103,6 +103,10 @@ WRONG_FIELDS = [
     ("stream_options.include_usage", {"stream_options": {"include_usage": "yes"}}),
     ("context_length_exceeded_behavior", {"context_length_exceeded_behavior": "shrug"}),
     ("user", {"user": 5}),
+    ("documents", {"documents": "text"}),
+    ("documents[1].text", {"documents": ["a", {"title": "t"}]}),
+    ("documents[0].url", {"documents": [{"text": "a", "url": 5}]}),
+    ("max_document_tokens", {"documents": ["a"], "max_document_tokens": 0}),
 ]
 
 
@@ -125,7 +129,6 @@ UNSUPPORTED = [
     ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
     ("response_format", "text"),
     ("web_search_options", {}),
-    ("documents", [{"text": "a"}]),
     ("modalities", ["text", "audio"]),
     ("audio", {"voice": "alloy", "format": "wav"}),
     ("moderation", {"model": "m"}),

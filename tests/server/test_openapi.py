@@ -13,6 +13,7 @@ from lfm.config import ServerConfig
 from lfm.server.app import V1_PREFIXES, V2_PREFIXES
 from lfm.server.openapi import BOUNDS, OPERATIONS, Operation, make_document
 from lfm.service.responses_store import ResponsesStore
+from tests.search.indexes import search_service
 from tests.server.fakes import MODEL, AppClient, chat_body
 
 USER = {"role": "user", "content": "Hi"}
@@ -23,6 +24,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [
         chat_body(reasoning_effort="low"),
         chat_body(logprobs=True, top_logprobs=2, echo=True, n=2, max_tokens=3),
+        chat_body(documents=["Hello!"]),
     ],
     "/v1/completions": [{"prompt": ["a", [1, 40]]}, {"prompt": "a", "logprobs": 2, "echo": True, "max_tokens": 3}],
     "/v1/responses": [
@@ -34,6 +36,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
         {"messages": [USER], "max_tokens": 2},
     ],
     "/v1/messages/count_tokens": [{"messages": [USER]}],
+    "/v1/search": [{"query": "pump"}, {"query": "nothing like it", "external_web_access": False}],
     "/v1/tokenize": [{"prompt": "a", "return_token_strs": True}, {"messages": [USER]}],
     "/v1/detokenize": [{"tokens": [1, 40]}],
 }
@@ -45,7 +48,8 @@ BODIES |= {
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[AppClient]:
     store = ResponsesStore(tmp_path / "responses.sqlite3")
-    yield AppClient(responses=store)
+    with search_service(tmp_path / "index", {"/a.md": "A pump moves water."}) as search:
+        yield AppClient(responses=store, search=search)
     store.close()
 
 

@@ -11,6 +11,12 @@ from dataclasses import dataclass
 from lfm.config import ModelConfig
 
 TIED_HEAD = "lm_head.weight"  # some checkpoints repeat the embedding under this name although the two are tied
+QUANTISED_SUFFIXES = (
+    *(f".conv.{name}.weight" for name in ("in_proj", "out_proj")),
+    *(f".self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+    *(f".feed_forward.{name}.weight" for name in ("w1", "w2", "w3")),
+    *(f".experts.{name}" for name in ("gate_up_proj", "down_proj")),
+)
 FP32_SUFFIX = ".expert_bias"  # kept in fp32 whatever the model's dtype: it decides which experts are chosen
 
 
@@ -42,6 +48,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def is_fp32(parameter: str) -> bool:
     """Whether a parameter stays in fp32 in every model."""
     return parameter.endswith(FP32_SUFFIX)
+
+
+def is_quantised(parameter: str) -> bool:
+    """Whether a parameter can be kept in fp8: projections and experts, but no router, norm, tap, embedding or head."""
+    return parameter.endswith(QUANTISED_SUFFIXES)
 
 
 def checkpoint_slots(config: ModelConfig) -> dict[str, Slot]:

@@ -71,26 +71,40 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
-def fill_random(model: "Lfm2", *, device: "torch.device", dtype: "torch.dtype", seed: int) -> None:
+def fill_random(
+    model: "Lfm2", *, device: "torch.device", dtype: "torch.dtype", seed: int, is_quantised: bool = False
+) -> None:
     """Give a model that was built on the meta device random weights: normal, std 0.02; norms 1; biases 0.
 
     Every tensor is made on `device`, one after the other, so no host copy of the model ever exists. The same seed gives
-    the same weights on the same kind of device, whatever the dtype (they are drawn in fp32 and rounded).
+    the same weights on the same kind of device, whatever the dtype (they are drawn in fp32 and rounded; with
+    `is_quantised`, projections and experts to `dtype` and then to fp8).
     Raises MachineError if the device has too little memory.
     """
     import torch  # not at the top: PRESETS is read by commands that must start fast
 
+    from lfm.kernels.fp8 import FP8
+    from lfm.model import names
+    from lfm.model.quantise import make_room_for_scales, write_rows
     from lfm.model.weights import allocate
 
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, shape in parameter_shapes(model.config).items():
-            tensor = allocate(model, name, shape, device=device, dtype=torch.float32 if is_fp32(name) else dtype)
+            is_fp8 = is_quantised and names.is_quantised(name)
+            kept = FP8 if is_fp8 else torch.float32 if is_fp32(name) else dtype
+            tensor = allocate(model, name, shape, device=device, dtype=kept)
+            scales = make_room_for_scales(model, name, device=device) if is_fp8 else None
             if name.endswith("norm.weight"):
                 tensor.fill_(1.0)
             elif name.endswith("bias"):
                 tensor.zero_()
             else:
-                for part in tensor if tensor.dim() == 3 else (tensor,):  # expert by expert: small fp32 drafts
-                    draft = torch.empty(part.shape, device=device).normal_(0.0, INIT_STD, generator=generator)
-                    part.copy_(draft)
+                for index in (
+                    range(len(tensor)) if tensor.dim() == 3 else (slice(None),)
+                ):  # expert by expert: small fp32 drafts
+                    draft = torch.empty(tensor[index].shape, device=device).normal_(0.0, INIT_STD, generator=generator)
+                    if scales is None:
+                        tensor[index].copy_(draft)
+                    else:
+                        write_rows(draft.to(dtype), tensor[index], scales[index])

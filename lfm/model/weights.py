@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from lfm.config import ModelConfig
 from lfm.errors import MachineError, ModelError, UsageError
+from lfm.kernels.fp8 import FP8
 from lfm.model.checkpoint_files import INDEX_FILE, SINGLE_FILE, listed, weight_files
 from lfm.model.hf_config import to_hf_config
 from lfm.model.lfm2 import Lfm2
-from lfm.model.names import TIED_HEAD, Slot, checkpoint_slots, expected_slots, is_fp32, parameter_shapes
+from lfm.model.names import TIED_HEAD, Slot, checkpoint_slots, expected_slots, is_fp32, is_quantised, parameter_shapes
 from lfm.model.progress import Progress, ignore_progress
+from lfm.model.quantise import make_room_for_scales, write_rows
 from lfm.model.safetensors_file import FLOAT_BYTES, TensorEntry, names_of, write_header
 from lfm.model.sizes import format_bytes
 
@@ -47,10 +49,11 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class _ReadJob:
-    """One tensor of a file and the memory that it belongs in."""
+    """One tensor of a file and the memory that it belongs in; `scale`: that of the scales of a tensor in fp8."""
 
     entry: TensorEntry
     target: Tensor
+    scale: Tensor | None = None
 
 
 def load_weights(
@@ -59,11 +62,13 @@ def load_weights(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    quantise: bool = False,
     on_progress: Callable[[str], None] = ignore_progress,
 ) -> LoadReport:
     """Give a model that was built on the meta device the weights in `folder`.
 
-    They arrive on `device` in `dtype`, expert biases in fp32. Beside the model itself this takes
+    They arrive on `device` in `dtype`, expert biases in fp32; with `quantise`, projections and experts in fp8, whose
+    rows are quantised as they arrive. Beside the model itself this takes
     `_NUM_READERS * _STAGING_BYTES` of host memory.
     Raises ModelError, before anything is read, if a file is missing or broken, and one that lists all tensors that are
     missing, unexpected or of the wrong shape or dtype; MachineError if the device has too little memory.
@@ -73,11 +78,21 @@ def load_weights(
     _check_tied_head(model.config, entries)
     shapes = parameter_shapes(model.config)
     assert shapes.keys() == model.state_dict().keys(), "the name table and the module disagree"
-    tensors = {
-        name: allocate(model, name, shape, device=device, dtype=torch.float32 if is_fp32(name) else dtype)
-        for name, shape in shapes.items()
-    }
-    jobs = [_ReadJob(entries[name], _part(tensors[slot.parameter], slot)) for name, slot in slots.items()]
+    tensors, scales = {}, {}
+    for name, shape in shapes.items():
+        is_fp8 = quantise and is_quantised(name)
+        kept = FP8 if is_fp8 else torch.float32 if is_fp32(name) else dtype
+        tensors[name] = allocate(model, name, shape, device=device, dtype=kept)
+        if is_fp8:
+            scales[name] = make_room_for_scales(model, name, device=device)
+    jobs = [
+        _ReadJob(
+            entries[name],
+            _part(tensors[slot.parameter], slot),
+            _part(scales[slot.parameter], slot) if slot.parameter in scales else None,
+        )
+        for name, slot in slots.items()
+    ]
     num_bytes = sum(job.entry.num_bytes for job in jobs)
     progress = Progress("loading weights", num_bytes, on_progress=on_progress)
     _read_all(jobs, device, progress)
@@ -224,6 +239,9 @@ def _read_all(jobs: list[_ReadJob], device: torch.device, progress: Progress) ->
 
 def _read_tensor(job: _ReadJob, fd: int, staging: Tensor) -> None:
     source = _TORCH_DTYPES[job.entry.dtype]
+    if job.scale is not None:
+        _read_rows(job, job.scale, fd, staging)
+        return
     flat = job.target.view(-1)
     if flat.device.type == "cpu" and flat.dtype == source:
         _read_exactly(fd, _memory(flat), job.entry, 0)
@@ -235,6 +253,22 @@ def _read_tensor(job: _ReadJob, fd: int, staging: Tensor) -> None:
         _read_exactly(fd, _memory(raw), job.entry, start * source.itemsize)
         # `to` returns when the staging buffer may be written again; the device then converts far faster than the host.
         part.copy_(raw.view(source).to(part.device))
+
+
+def _read_rows(job: _ReadJob, scale: Tensor, fd: int, staging: Tensor) -> None:
+    """Read a tensor whole rows at a time and store them in fp8: a row's scale needs all of it."""
+    source = _TORCH_DTYPES[job.entry.dtype]
+    width = job.target.shape[-1]
+    target, scale = job.target.view(-1, width), scale.view(-1)
+    row_bytes = width * source.itemsize
+    if row_bytes > staging.numel():
+        staging = torch.empty(row_bytes, dtype=torch.uint8)
+    step = staging.numel() // row_bytes
+    for start in range(0, len(target), step):
+        rows = slice(start, min(start + step, len(target)))
+        raw = staging[: (rows.stop - start) * row_bytes]
+        _read_exactly(fd, _memory(raw), job.entry, start * row_bytes)
+        write_rows(raw.view(source).view(-1, width).to(target.device), target[rows], scale[rows])
 
 
 def _read_exactly(fd: int, memory: memoryview, entry: TensorEntry, start: int) -> None:

@@ -31,6 +31,11 @@ def served_model(client: httpx2.Client, root: str) -> str:
         response = client.get(f"{root}/v1/models")
     except httpx2.HTTPError as error:
         raise unreachable(root, error) from error
+    return first_model(response, root)
+
+
+def first_model(response: httpx2.Response, root: str) -> str:
+    """The first model of an answer to GET /v1/models. Raises LfmError if there is none."""
     if response.status_code != 200:
         raise refused(response)
     try:

@@ -24,8 +24,10 @@ from lfm.engine.client import EngineBackend
 from lfm.engine.lifeline import follow_parent
 from lfm.engine.process import EngineClient
 from lfm.model.source import ModelSource, resolve_model
+from lfm.search.config import SearchConfig
 from lfm.server.app import create_app
 from lfm.server.run import serve
+from lfm.server.search_service import SearchService
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +36,10 @@ EXIT_S = 10.0  # for a worker that has drained and only has to end
 
 
 class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is told on stdin: the API key in it must not be seen in a list of processes."""
+    """What a worker is told on stdin: the keys in it must not be seen in a list of processes."""
 
     config: ServerConfig
+    search_config: SearchConfig
     model: str
     model_name: str
     directory: str
@@ -47,7 +50,13 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_app(
-    source: ModelSource, *, config: ServerConfig, backend: EngineBackend, worker: int, name: str | None = None
+    source: ModelSource,
+    *,
+    config: ServerConfig,
+    backend: EngineBackend,
+    worker: int,
+    search_config: SearchConfig,
+    name: str | None = None,
 ) -> Starlette:
     """The app of one API process. `name` None: the configured name, else the model's own."""
     return create_app(
@@ -58,14 +67,24 @@ def make_app(
         defaults=defaults_for_source(source.folder, source.config),
         config=config,
         worker=worker,
+        search=SearchService(search_config),
     )
 
 
 class ApiProcesses:
     """Starts the workers, replaces dead ones, and ends them all."""
 
-    def __init__(self, config: ServerConfig, directory: Path, *, source: ModelSource, sock: socket.socket) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        directory: Path,
+        *,
+        source: ModelSource,
+        sock: socket.socket,
+        search_config: SearchConfig,
+    ) -> None:
         self._config = config
+        self._search_config = search_config
         self._directory = directory
         self._source = source
         self._sock = sock
@@ -112,6 +131,7 @@ class ApiProcesses:
     async def _start(self, worker: int) -> Process:
         setup = WorkerSetup(
             config=self._config,
+            search_config=self._search_config,
             model=self._source.name if self._source.folder is None else str(self._source.folder),
             model_name=self._config.served_model_name or self._source.name,
             directory=str(self._directory),
@@ -148,7 +168,14 @@ async def _work(setup: WorkerSetup) -> None:
     source = resolve_model(setup.model)
     sock = socket.socket(fileno=setup.socket_fd)
     async with EngineClient(Path(setup.directory)) as backend:
-        app = make_app(source, config=setup.config, backend=backend, worker=setup.worker, name=setup.model_name)
+        app = make_app(
+            source,
+            config=setup.config,
+            backend=backend,
+            worker=setup.worker,
+            search_config=setup.search_config,
+            name=setup.model_name,
+        )
         await serve(app, setup.config, sock=sock)
 
 

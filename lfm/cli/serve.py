@@ -1,8 +1,9 @@
 """`lfm serve`: the HTTP service, with the engine in a process of its own."""
 
+import os
 from typing import Annotated
 
-from lfm.cli import options
+from lfm.cli import options, search_options
 from lfm.cli.options import ENGINE, SERVER, flag
 from lfm.config import EngineConfig, ServerConfig
 
@@ -26,6 +27,13 @@ def serve(
     drain_seconds: Annotated[
         float, flag("drain_seconds", "How long running requests may go on after SIGTERM.", panel=_SERVER)
     ] = SERVER.drain_seconds,
+    search_providers: search_options.ProvidersFlag = search_options.PROVIDERS,
+    searxng_url: search_options.SearxngFlag = None,
+    index_folder: search_options.IndexFolderFlag = None,
+    fetch_allow: search_options.FetchAllowFlag = None,
+    search_seconds: search_options.SearchSecondsFlag = search_options.SEARCH.search_seconds,
+    provider_seconds: search_options.ProviderSecondsFlag = search_options.SEARCH.provider_seconds,
+    max_searches: search_options.MaxSearchesFlag = search_options.SEARCH.max_searches,
     device: options.DeviceFlag = ENGINE.device,
     dtype: options.DtypeFlag = "auto",
     quantize: options.QuantizeFlag = ENGINE.quantize,
@@ -68,4 +76,15 @@ def serve(
         max_queue=max_queue,
         plain_loop=plain_loop,
     )
-    run_service(engine_config, server_config)
+    search_config = search_options.search_config(
+        os.environ,
+        providers=search_providers,
+        searxng_url=searxng_url,
+        index_folder=index_folder,
+        fetch_allow=fetch_allow,
+        search_seconds=search_seconds,
+        provider_seconds=provider_seconds,
+        max_searches=max_searches,
+        shows_paths=server_config.is_loopback,
+    )
+    run_service(engine_config, server_config, search_config)

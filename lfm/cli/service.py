@@ -25,6 +25,7 @@ from lfm.engine.process import EngineClient
 from lfm.engine.supervisor import EngineSupervisor
 from lfm.model.source import ModelSource, resolve_model
 from lfm.protocol import EngineInfo
+from lfm.search.config import SearchConfig
 from lfm.server.run import ApiServer, bind_socket
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,9 @@ class Front(Protocol):
         """Take no new requests, and end when the running ones have ended. Idempotent."""
 
 
-def run_service(engine_config: EngineConfig, server_config: ServerConfig) -> None:
+def run_service(
+    engine_config: EngineConfig, server_config: ServerConfig, search_config: SearchConfig | None = None
+) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain. Raises LfmError if it cannot start or the engine is beyond help."""
     sock = bind_socket(server_config)
     sock.listen(LISTEN_BACKLOG)
@@ -55,7 +58,9 @@ def run_service(engine_config: EngineConfig, server_config: ServerConfig) -> Non
         source = resolve_model(engine_config.model, revision=engine_config.revision, on_progress=phases)
         if source.folder is not None:  # a restarted engine must not find another revision
             engine_config = replace(engine_config, model=str(source.folder), revision=None)
-        service = _serve(engine_config, server_config, source=source, sock=sock, phases=phases)
+        service = _serve(
+            engine_config, server_config, search_config or SearchConfig(), source=source, sock=sock, phases=phases
+        )
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             was_ready = runner.run(service)
     finally:
@@ -68,6 +73,7 @@ def run_service(engine_config: EngineConfig, server_config: ServerConfig) -> Non
 async def _serve(
     engine_config: EngineConfig,
     server_config: ServerConfig,
+    search_config: SearchConfig,
     *,
     source: ModelSource,
     sock: socket.socket,
@@ -77,7 +83,10 @@ async def _serve(
     port = sock.getsockname()[1]
     stuck_seconds = server_config.stuck_seconds
     async with EngineSupervisor(engine_config, stuck_seconds=stuck_seconds, on_phase=phases) as supervisor:
-        async with _open_front(server_config, supervisor.directory, source=source, sock=sock) as front:
+        opening = _open_front(
+            server_config, supervisor.directory, source=source, sock=sock, search_config=search_config
+        )
+        async with opening as front:
             serving = asyncio.create_task(front.serve())
             try:
                 info = await _unless(serving, supervisor.wait_ready())
@@ -106,13 +115,18 @@ async def _unless(serving: asyncio.Task[None], other: Coroutine[Any, Any, _T]) -
 
 @asynccontextmanager
 async def _open_front(
-    config: ServerConfig, directory: Path, *, source: ModelSource, sock: socket.socket
+    config: ServerConfig,
+    directory: Path,
+    *,
+    source: ModelSource,
+    sock: socket.socket,
+    search_config: SearchConfig,
 ) -> AsyncIterator[Front]:
     if config.api_workers > 1:
-        yield ApiProcesses(config, directory, source=source, sock=sock)
+        yield ApiProcesses(config, directory, source=source, sock=sock, search_config=search_config)
         return
     async with EngineClient(directory) as backend:
-        app = make_app(source, config=config, backend=backend, worker=0)
+        app = make_app(source, config=config, backend=backend, worker=0, search_config=search_config)
         yield _OwnFront(ApiServer(app, config), sock)
 
 

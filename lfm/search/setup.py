@@ -1,11 +1,10 @@
-"""What an operator may choose about search, and the chain of providers that it makes."""
+"""The chain of providers that an operator's settings make."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
 
 from lfm.errors import UsageError
-from lfm.search.addresses import AllowList
 from lfm.search.chain import Link, SearchChain
+from lfm.search.config import SearchConfig
 from lfm.search.providers.brave import Brave
 from lfm.search.providers.exa import Exa
 from lfm.search.providers.local import Local, Searchable
@@ -16,70 +15,6 @@ from lfm.search.rate_limit import RateLimit
 
 # Requests per second that the smallest plan of each allows.
 RATES_PER_S: Mapping[str, float] = {"brave": 1.0, "tavily": 1.5, "exa": 5.0}
-MAX_WAIT_S = 120.0
-MAX_SEARCHES = 16
-_NEEDS = {
-    "searxng": "searxng_url",
-    "brave": "brave_api_key",
-    "tavily": "tavily_api_key",
-    "exa": "exa_api_key",
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchConfig:
-    """Providers in order of preference, and what each needs. Keys are masked in `repr`.
-
-    `rates_per_s` replaces the rates of RATES_PER_S, by provider. `index_folder` None: there is no local index.
-    `shows_paths`: whether callers see where the operator's documents are, or names only. `fetch_allow`: servers and
-    networks inside that pages may be fetched from. `provider_s` is the time for one provider, `search_s` for all of a
-    search, `page_s` for one page. `max_searches` is how often a model may search for one answer.
-
-    Raises UsageError for a provider that is not known or lacks its key or address, and for values out of range.
-    """
-
-    providers: tuple[str, ...] = ("local",)
-    searxng_url: str | None = None
-    brave_api_key: str | None = None
-    tavily_api_key: str | None = None
-    exa_api_key: str | None = None
-    rates_per_s: Mapping[str, float] = field(default_factory=dict)
-    index_folder: str | None = None
-    shows_paths: bool = True
-    embeddings_url: str | None = None
-    embeddings_model: str | None = None
-    embeddings_key: str | None = None
-    fetch_allow: tuple[str, ...] = ()
-    provider_s: float = 5.0
-    search_s: float = 10.0
-    page_s: float = 8.0
-    max_searches: int = 4
-
-    def __post_init__(self) -> None:
-        for name in self.providers:
-            if name != "local" and name not in _NEEDS:
-                known = ", ".join(("local", *_NEEDS))
-                raise UsageError(f"The search provider {name!r} is not known. Allowed: {known}.")
-            if name in _NEEDS and not getattr(self, _NEEDS[name]):
-                raise UsageError(f"The search provider {name} needs {_NEEDS[name]}. Set LFM_{_NEEDS[name].upper()}.")
-        if len(set(self.providers)) < len(self.providers):
-            raise UsageError(f"A search provider is named twice in {', '.join(self.providers)}. Name each once.")
-        for name, rate in self.rates_per_s.items():
-            if rate <= 0:
-                raise UsageError(f"The rate of {name}, {rate:g} requests a second, must be above 0.")
-        for name in ("provider_s", "search_s", "page_s"):
-            if not 0 < getattr(self, name) <= MAX_WAIT_S:
-                raise UsageError(f"{name}={getattr(self, name):g} is out of range. Allowed: above 0 to {MAX_WAIT_S:g}.")
-        if not 1 <= self.max_searches <= MAX_SEARCHES:
-            raise UsageError(f"max_searches={self.max_searches} is out of range. Allowed: 1 to {MAX_SEARCHES}.")
-        if (self.embeddings_url is None) != (self.embeddings_model is None):
-            raise UsageError("--embeddings-url and --embeddings-model belong together. Give both, or neither.")
-        AllowList.parse(self.fetch_allow)
-
-    def __repr__(self) -> str:
-        values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        shown = ((name, "***" if name.endswith("_key") and value else value) for name, value in values)
-        return f"SearchConfig({', '.join(f'{name}={value!r}' for name, value in shown)})"
 
 
 def open_chain(config: SearchConfig, *, index: Searchable | None = None) -> SearchChain:
@@ -106,4 +41,4 @@ def _given(index: Searchable | None) -> Searchable:
 def _link(provider: Provider, config: SearchConfig) -> Link:
     per_s = config.rates_per_s.get(provider.name, RATES_PER_S.get(provider.name))
     limit = None if per_s is None else RateLimit(per_s, burst=max(1, round(per_s)))
-    return Link(provider=provider, timeout_s=config.provider_s, rate_limit=limit)
+    return Link(provider=provider, timeout_s=config.provider_seconds, rate_limit=limit)

@@ -7,12 +7,13 @@ from pathlib import Path
 from lfm.errors import UsageError
 from lfm.search.addresses import AllowList
 from lfm.search.chain import SearchAnswer, SearchChain
+from lfm.search.config import SearchConfig
 from lfm.search.embeddings import EmbeddingClient
 from lfm.search.extraction import Extractor
 from lfm.search.fetch import FetchLimits, Page, PageFetcher
 from lfm.search.local_index import STORE_FILE, Hit, LocalIndex
 from lfm.search.results import SearchQuery
-from lfm.search.setup import SearchConfig, open_chain
+from lfm.search.setup import open_chain
 
 
 class SearchService:
@@ -32,13 +33,13 @@ class SearchService:
         Raises ProviderError if no provider answered. `tenant` keeps the cache of answers apart.
         """
         chain = self._local_chain() if is_local else self._web_chain()
-        return await chain.search(query, deadline_s=self.config.search_s, tenant=tenant)
+        return await chain.search(query, deadline_s=self.config.search_seconds, tenant=tenant)
 
     async def fetch(self, url: str) -> Page:
         """One page as text. Raises FetchError."""
         if self._fetcher is None:
             self._extractor = Extractor()
-            limits = FetchLimits(timeout_s=self.config.page_s)
+            limits = FetchLimits(timeout_s=self.config.page_seconds)
             allow = AllowList.parse(self.config.fetch_allow)
             self._fetcher = PageFetcher(self._extractor, allow=allow, limits=limits)
         return await self._fetcher.fetch(url)

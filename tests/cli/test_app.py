@@ -24,7 +24,7 @@ SERVE_FLAGS = """
 def served_with(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, ServerConfig]]:
     """What `lfm serve` would have run; nothing is started."""
     calls: list[tuple[EngineConfig, ServerConfig]] = []
-    monkeypatch.setattr(service, "run_service", lambda engine, server: calls.append((engine, server)))
+    monkeypatch.setattr(service, "run_service", lambda engine, server, search: calls.append((engine, server)))
     return calls
 
 

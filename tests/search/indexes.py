@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from lfm.search.chunks import cut
+from lfm.search.config import SearchConfig
 from lfm.search.extracted import Extracted
 from lfm.search.fts5_index import Fts5Index
 from lfm.search.local_index import LocalIndex
-from lfm.search.setup import SearchConfig
 from lfm.search.store import NewDocument
 from lfm.search.text_index import TextIndex
 from lfm.server.search_service import SearchService

@@ -7,9 +7,10 @@ import pytest
 
 from lfm.errors import UsageError
 from lfm.search.chain import SearchChain
+from lfm.search.config import SearchConfig
 from lfm.search.local_index import LocalIndex
 from lfm.search.results import SearchQuery
-from lfm.search.setup import SearchConfig, open_chain
+from lfm.search.setup import open_chain
 from tests.search.indexes import document
 
 

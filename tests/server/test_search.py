@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lfm.config import ServerConfig
-from lfm.search.setup import SearchConfig
+from lfm.search.config import SearchConfig
 from lfm.server.search_service import SearchService
 from tests.search.indexes import search_service
 from tests.search.web import Answer, Web, serve
@@ -196,7 +196,7 @@ def test_a_query_in_mixed_scripts_is_words_and_never_syntax(tmp_path: Path) -> N
 )
 def test_what_a_bad_provider_does_is_told_and_nothing_else_is_disturbed(web: Web, answer: Answer, says: str) -> None:
     web.answers["/search"] = answer
-    client = AppClient(search=SearchService(with_searxng(web, provider_s=0.3)))
+    client = AppClient(search=SearchService(with_searxng(web, provider_seconds=0.3)))
     assert says in failed(client)
     assert client.chat().status_code == 200
 
@@ -224,7 +224,9 @@ def test_callers_with_keys_share_no_cache_and_no_credentials(web: Web) -> None:
 
 
 def test_no_key_is_ever_logged(web: Web, caplog: pytest.LogCaptureFixture) -> None:
-    config = SearchConfig(providers=("brave", "searxng"), brave_api_key="secret", searxng_url=web.root, provider_s=0.2)
+    config = SearchConfig(
+        providers=("brave", "searxng"), brave_api_key="secret", searxng_url=web.root, provider_seconds=0.2
+    )
     web.answers["/search"] = Answer(status=500)
     service = SearchService(config)
     from lfm.search.providers.brave import Brave

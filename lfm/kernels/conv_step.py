@@ -6,7 +6,8 @@ A program owns some channels of all tokens: the three rows of W of each, their t
 reads what it needs of a tail before it writes, and a block that is written belongs to one row, so both may be the same
 block. Tails and positions are read before the wait for the kernel in front: they were complete before the step began.
 
-Bytes: 3 D D 2 of W once, and (L - 1) D 2 of tails per row, twice. Rounding: u to the tail's dtype; else fp32.
+Bytes: 3 D D 2 of W once (fp8: 3 D D), and (L - 1) D 2 of tails per row, twice. Rounding: u to the tail's dtype; else
+fp32.
 Legend: T tokens = rows, D hidden, L window, N blocks.
 """
 
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from lfm.kernels.forward_batch import ForwardBatch
 from lfm.kernels.stream_gemm import (
-    Tile,
     launch_options,
     load_ahead,
     select,
@@ -22,6 +22,7 @@ from lfm.kernels.stream_gemm import (
     token_slots,
 )
 from lfm.kernels.triton_guard import has_dependent_launch, tl, triton
+from lfm.kernels.tuned import StreamTile
 from lfm.kernels.weights import Linear, Norm
 
 # Tokens by channels of a program of the convolution alone.
@@ -68,18 +69,18 @@ def load_step(
 
 @triton.jit(do_not_specialize=["T"])
 def conv_in_kernel(
-    h_ptr, gain_ptr, w_ptr, bias_ptr, conv_ptr, conv_bias_ptr, positions_ptr, read_ptr, write_ptr, tails_ptr, y_ptr,
-    T, h_stride, w_stride, block_stride, column_stride, eps,
+    h_ptr, gain_ptr, w_ptr, scale_ptr, bias_ptr, conv_ptr, conv_bias_ptr, positions_ptr, read_ptr, write_ptr,
+    tails_ptr, y_ptr, T, h_stride, w_stride, block_stride, column_stride, eps,
     D: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    WARPS: tl.constexpr, RUNS: tl.constexpr, AHEAD: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_CONV_BIAS: tl.constexpr, DEPENDENT: tl.constexpr,
+    WARPS: tl.constexpr, RUNS: tl.constexpr, VEC: tl.constexpr, AHEAD: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """y [T, D] of h [T, D], w [3 D, D], conv [D, WINDOW], tails [N, WINDOW - 1, D] for one token per row."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
     first = tl.program_id(0) * ROWS
     t, n = tl.arange(0, TOKENS)[:, None], first + tl.arange(0, ROWS)[None, :]
-    tiles = load_ahead(w_ptr, w_stride, first, D, D, D, ROWS, 3, WARPS, RUNS, AHEAD)
+    tiles = load_ahead(w_ptr, w_stride, first, D, D, D, ROWS, 3, WARPS, RUNS, VEC, AHEAD)
     before, last_weight, taps, new_tail = load_step(
         conv_ptr, conv_bias_ptr, positions_ptr, read_ptr, write_ptr, tails_ptr, block_stride, column_stride, t, n, T, D,
         WINDOW, COLUMNS, HAS_CONV_BIAS,
@@ -87,8 +88,8 @@ def conv_in_kernel(
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
     bcx = stream_dot(
-        tiles, h_ptr, h_stride, gain_ptr, w_ptr, w_stride, first, D, D, T, eps,
-        D, ROWS, 3, TOKENS, WARPS, RUNS, AHEAD, True,
+        tiles, h_ptr, h_stride, gain_ptr, w_ptr, scale_ptr, w_stride, first, D, D, T, eps,
+        D, ROWS, 3, TOKENS, WARPS, RUNS, VEC, AHEAD, True, HAS_SCALE,
     )  # fmt: skip
     bcx = bcx.reshape(TOKENS, 4, ROWS)
     b, c, x = select(bcx, 0, 4), select(bcx, 1, 4), select(bcx, 2, 4)
@@ -135,7 +136,7 @@ def _columns(window: int) -> int:
 
 
 def stream_conv_in(
-    h_TD: Tensor, norm: Norm, in_proj: Linear, conv: Linear, batch: ForwardBatch, tails_NLD: Tensor, tile: Tile
+    h_TD: Tensor, norm: Norm, in_proj: Linear, conv: Linear, batch: ForwardBatch, tails_NLD: Tensor, tile: StreamTile
 ) -> Tensor:
     """Norm, projection, gates, convolution and tails of a few rows of one token each: y [T, D]."""
     num_tokens, hidden = h_TD.shape
@@ -145,7 +146,8 @@ def stream_conv_in(
         h_TD,
         norm.weight,
         in_proj.weight,
-        in_proj.weight if in_proj.bias is None else in_proj.bias,
+        in_proj.weight if in_proj.scale is None else in_proj.scale,
+        h_TD if in_proj.bias is None else in_proj.bias,
         conv.weight,
         conv.weight if conv.bias is None else conv.bias,
         batch.positions_T,
@@ -163,9 +165,10 @@ def stream_conv_in(
         WINDOW=window,
         COLUMNS=_columns(window),
         TOKENS=token_slots(num_tokens),
+        HAS_SCALE=in_proj.scale is not None,
         HAS_BIAS=in_proj.bias is not None,
         HAS_CONV_BIAS=conv.bias is not None,
-        **launch_options(tile, h_TD.device),
+        **launch_options(tile, in_proj.weight),
     )
     return y_TD
 

@@ -85,13 +85,9 @@ def experts(
     is_fast = runs_triton(x_TD) and num_tokens > 0 and hidden % 64 == 0 and width % 64 == 0
     if not (is_fast and gate_up_E2FD.is_contiguous() and down_EDF.is_contiguous()):
         return experts_ref(h_TD, x_TD, chosen_TA, weights_TA, gate_up_E2FD, down_EDF, scales)
-    if scales is not None:
-        return experts_ref(h_TD, x_TD, chosen_TA, weights_TA, gate_up_E2FD, down_EDF, scales)
-    run = experts_grouped
+    args = h_TD.contiguous(), x_TD.contiguous(), chosen_TA.contiguous(), weights_TA.contiguous(), gate_up_E2FD, down_EDF
     if num_tokens <= MAX_SMALL_TOKENS:
-        run = experts_small
-    elif num_tokens >= MIN_PREFILL_TOKENS and has_prefill_kernels(x_TD.device):
-        run = experts_prefill
-    return run(
-        h_TD.contiguous(), x_TD.contiguous(), chosen_TA.contiguous(), weights_TA.contiguous(), gate_up_E2FD, down_EDF
-    )
+        return experts_small(*args, scales)
+    if scales is None and num_tokens >= MIN_PREFILL_TOKENS and has_prefill_kernels(x_TD.device):
+        return experts_prefill(*args)
+    return experts_grouped(*args, scales)

@@ -6,7 +6,8 @@
 Up to some hundred tokens these are streams of weights: bytes are every chosen expert's weights once (an expert with
 more pairs than a tile has rows gives later tiles their weights from L2: its tiles are neighbours in the grid). The
 number of rows of an expert is known on the device only, so a tile's height is chosen by T, and skew only adds tiles.
-Rounding: act (with its router weight in it) and y to the activation dtype; sums in fp32.
+Rounding: act (with its router weight in it) and y to the activation dtype; sums in fp32. Weights in fp8: half the
+bytes; they become the activation dtype in registers, exactly, and their rows' scales multiply the sums.
 Ids outside 0..E-1 mean "no expert": they get no tile and add nothing.
 
 Legend: T tokens, D hidden, E experts, A experts per token, F expert width, P = T * A pairs, M tiles of BM pairs.
@@ -14,47 +15,16 @@ A tile is (expert, start, end): rows of `order`, all of one expert. Expert e's t
 each expert finds its own without knowing the others', at the price of at most one unused number (expert -1) for each.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lfm.kernels.fp8 import FP8
 from lfm.kernels.moe_small import largest_divisor
 from lfm.kernels.triton_guard import TensorDescriptor, has_dependent_launch, tl, triton
-
-
-class Tile(NamedTuple):
-    """Features per program, inputs per step; warps and stages; whether weights take the rows of the matrix unit."""
-
-    features: int
-    inputs: int
-    warps: int
-    stages: int
-    is_swapped: bool = False
-
-
-class Tiles(NamedTuple):
-    """For up to `tokens`: pairs per tile, and the tiles of the two products."""
-
-    tokens: int
-    pairs: int
-    up: Tile
-    down: Tile
-
-
-# Two or three programs share a multiprocessor of 228 KB. Measured on an H200: 64 experts of 2048 x 1536. More pairs per
-# tile are faster from 1,024 tokens on if routing is uniform (6 %), and slower if it is skewed (Zipf: 18 %).
-HOPPER_TILES = (
-    Tiles(20, 16, up=Tile(32, 128, 4, 4), down=Tile(64, 128, 4, 5, is_swapped=True)),
-    Tiles(192, 16, up=Tile(64, 128, 4, 3), down=Tile(64, 128, 4, 5, is_swapped=True)),
-    Tiles(1 << 62, 64, up=Tile(64, 64, 4, 3), down=Tile(128, 64, 4, 4)),
-)
-# Fits 96 KB of shared memory (capability 8.0 and later); not measured.
-OTHER_TILES = (
-    Tiles(192, 16, up=Tile(32, 64, 4, 4), down=Tile(64, 64, 4, 4)),
-    Tiles(1 << 62, 64, up=Tile(64, 32, 4, 4), down=Tile(128, 32, 4, 4)),
-)
+from lfm.kernels.tuned import tuned_for
+from lfm.kernels.weights import ExpertScales
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
@@ -97,14 +67,16 @@ def sort_pairs_kernel(
 
 @triton.jit
 def up_grouped_kernel(
-    x_TD, weights_P, order_P, tile_M3, gate_up, act_PF,
+    x_TD, weights_P, order_P, tile_M3, gate_up, scale_E2F, act_PF,
     A: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    BM: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, BULK: tl.constexpr, DEPENDENT: tl.constexpr,
+    BM: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
+    SWAP: tl.constexpr, BULK: tl.constexpr, HAS_SCALE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of BM, tile of BF): act [P, F] in sorted order from x [T, D].
 
     `gate_up` is the tensor [E, 2, F, D] or, with BULK, a descriptor of its blocks [1, 2, BF, BK]. BF rows of gate and
-    the BF of up with them are one operand of the matrix unit.
+    the BF of up with them are one operand of the matrix unit: its rows with SWAP, which fp8 needs, since only rows can
+    come from registers, where they become the dtype of x.
     """
     tile = tile_M3 + tl.program_id(0) * 3
     first_F = tl.program_id(1) * BF
@@ -119,10 +91,10 @@ def up_grouped_kernel(
         pair_M1 = tl.load(order_P + row_M[:, None], mask=is_row_M1, other=0)
         weight_M1 = tl.load(weights_P + pair_M1, mask=is_row_M1, other=0.0)
         x = x_TD + (pair_M1 // A).to(tl.int64) * D + k_K[None, :]
-        both = tl.zeros((BM, 2 * BF), tl.float32)
+        both = tl.zeros((2 * BF, BM) if SWAP else (BM, 2 * BF), tl.float32)
+        row_2F = tl.arange(0, 2 * BF)
+        row_2F = first_F + row_2F % BF + row_2F // BF * F
         if not BULK:
-            row_2F = tl.arange(0, 2 * BF)
-            row_2F = first_F + row_2F % BF + row_2F // BF * F
             weight = gate_up + expert.to(tl.int64) * (2 * F * D) + row_2F[:, None] * D + k_K[None, :]
         for k in tl.range(0, D, BK):
             x_MK = tl.load(x + k, mask=is_row_M1, other=0.0)
@@ -130,7 +102,14 @@ def up_grouped_kernel(
                 w_2FK = gate_up.load([expert, 0, first_F, k]).reshape(2 * BF, BK)
             else:
                 w_2FK = tl.load(weight + k)
-            both = tl.dot(x_MK, w_2FK.T, both)
+            if SWAP:
+                both = tl.dot(w_2FK.to(x_MK.dtype), x_MK.T, both)
+            else:
+                both = tl.dot(x_MK, w_2FK.to(x_MK.dtype).T, both)
+        if SWAP:
+            both = both.T
+        if HAS_SCALE:
+            both *= tl.load(scale_E2F + expert * (2 * F) + row_2F)[None, :]
         gate_MF, up_MF = tl.split(both.reshape(BM, 2, BF).permute(0, 2, 1))
         act_MF = gate_MF / (1 + tl.exp(-gate_MF)) * up_MF * weight_M1
         act = act_PF + row_M[:, None].to(tl.int64) * F + first_F + tl.arange(0, BF)[None, :]
@@ -139,9 +118,9 @@ def up_grouped_kernel(
 
 @triton.jit
 def down_grouped_kernel(
-    order_P, tile_M3, act_PF, down, y_PD,
+    order_P, tile_M3, act_PF, down, scale_ED, y_PD,
     D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-    SWAP: tl.constexpr, BULK: tl.constexpr, DEPENDENT: tl.constexpr,
+    SWAP: tl.constexpr, BULK: tl.constexpr, HAS_SCALE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of BM, tile of BD): y [P, D] in the order of pairs from act [P, F] in sorted order.
 
@@ -171,10 +150,12 @@ def down_grouped_kernel(
             else:
                 down_DK = tl.load(weight + k)
             if SWAP:
-                y = tl.dot(down_DK, act_MK.T, y)
+                y = tl.dot(down_DK.to(act_MK.dtype), act_MK.T, y)
             else:
-                y = tl.dot(act_MK, down_DK.T, y)
+                y = tl.dot(act_MK, down_DK.to(act_MK.dtype).T, y)
         y_MD = y.T if SWAP else y
+        if HAS_SCALE:
+            y_MD *= tl.load(scale_ED + expert * D + d)[None, :]
         to = y_PD + pair_M1.to(tl.int64) * D + d[None, :]
         tl.store(to, y_MD.to(y_PD.dtype.element_ty), mask=is_row_M1)
 
@@ -195,13 +176,6 @@ def sum_pairs_kernel(
         is_expert = (expert >= 0) & (expert < E)
         out_D += tl.load(y_PD + (token * A + a) * D + d, mask=is_expert, other=0.0).to(tl.float32)
     tl.store(out_TD + token * D + d, out_D.to(out_TD.dtype.element_ty))
-
-
-@cache
-def _tables(device: torch.device) -> tuple[Tiles, ...]:
-    """By the shared memory of a multiprocessor: 228 KB on Hopper and on large Blackwell chips, 100 to 164 elsewhere."""
-    is_large = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
-    return HOPPER_TILES if is_large else OTHER_TILES
 
 
 class SortedPairs(NamedTuple):
@@ -251,33 +225,41 @@ def blocks_of(weight: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) ->
 
 
 def experts_grouped(
-    h_TD: Tensor, x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    h_TD: Tensor,
+    x_TD: Tensor,
+    chosen_TA: Tensor,
+    weights_TA: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    scales: ExpertScales | None = None,
 ) -> Tensor:
     """As `experts_ref`, for contiguous tensors with D and F multiples of 64."""
     num_experts, hidden, width = down_EDF.shape
     num_tokens, num_chosen = chosen_TA.shape
     is_bulk, is_dependent = has_copy_engine(x_TD.device), has_dependent_launch(x_TD.device)
-    tiles = next(tiles for tiles in _tables(x_TD.device) if num_tokens <= tiles.tokens)
+    table = tuned_for(x_TD.device).grouped["fp8" if gate_up_E2FD.dtype == FP8 else "bf16"]
+    tiles = next(tiles for tiles in table if num_tokens <= tiles.tokens)
+    gate_up_scale, down_scale = scales or (weights_TA, weights_TA)
     pairs = sort_pairs(chosen_TA, num_experts, tiles.pairs)
     act_PF = x_TD.new_empty(num_tokens * num_chosen, width)
     y_PD = x_TD.new_empty(num_tokens * num_chosen, hidden)
+    options = {"BM": tiles.pairs, "BULK": is_bulk, "HAS_SCALE": scales is not None, "DEPENDENT": is_dependent}
     tile = tiles.up
     features, inputs = largest_divisor(width, tile.features), largest_divisor(hidden, tile.inputs)
     gate_up: Any = gate_up_E2FD
     if is_bulk:
         gate_up = blocks_of(gate_up_E2FD, (num_experts, 2, width, hidden), (1, 2, features, inputs))
     up_grouped_kernel[(len(pairs.tile_M3), width // features)](
-        x_TD, weights_TA, pairs.order_P, pairs.tile_M3, gate_up, act_PF,
-        A=num_chosen, D=hidden, F=width, BM=tiles.pairs, BF=features, BK=inputs, BULK=is_bulk, DEPENDENT=is_dependent,
+        x_TD, weights_TA, pairs.order_P, pairs.tile_M3, gate_up, gate_up_scale, act_PF,
+        A=num_chosen, D=hidden, F=width, BF=features, BK=inputs, SWAP=tile.is_swapped, **options,
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=is_dependent,
     )  # fmt: skip
     tile = tiles.down
     features, inputs = largest_divisor(hidden, tile.features), largest_divisor(width, tile.inputs)
     down = blocks_of(down_EDF, down_EDF.shape, (1, features, inputs)) if is_bulk else down_EDF
     down_grouped_kernel[(len(pairs.tile_M3), hidden // features)](
-        pairs.order_P, pairs.tile_M3, act_PF, down, y_PD,
-        D=hidden, F=width, BM=tiles.pairs, BD=features, BK=inputs,
-        SWAP=tile.is_swapped, BULK=is_bulk, DEPENDENT=is_dependent,
+        pairs.order_P, pairs.tile_M3, act_PF, down, down_scale, y_PD,
+        D=hidden, F=width, BD=features, BK=inputs, SWAP=tile.is_swapped, **options,
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=is_dependent,
     )  # fmt: skip
     return sum_pairs(h_TD, chosen_TA, y_PD, num_experts)

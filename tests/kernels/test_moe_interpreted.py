@@ -6,14 +6,16 @@ from torch import Tensor
 
 from lfm.kernels import moe_grouped
 from lfm.kernels.experts import experts_ref
-from lfm.kernels.moe_grouped import HOPPER_TILES, OTHER_TILES, Tiles, experts_grouped
+from lfm.kernels.fp8 import quantise_rows
+from lfm.kernels.moe_grouped import experts_grouped
 from lfm.kernels.moe_prefill import experts_prefill, sort_pairs
 from lfm.kernels.moe_small import experts_small
 from lfm.kernels.route_topk import MAX_FEW_TOKENS, route_fast
 from lfm.kernels.router import route_ref
-from lfm.kernels.weights import Norm, Router
+from lfm.kernels.tuned import FOLDER, GroupedTiles, Tuned, WeightKind, read_tables, tuned_for
+from lfm.kernels.weights import ExpertScales, Norm, Router
 from tests.kernels.interpreted import IS_INTERPRETED, run_interpreted
-from tests.kernels.moe import Sizes, make_layer
+from tests.kernels.moe import Layer, Sizes, make_layer
 
 if not IS_INTERPRETED:
 
@@ -28,6 +30,11 @@ else:
     ]
     SMALL = Sizes(hidden=64, experts=6, width=128, chosen=3)
 
+    def quantised(layer: Layer) -> tuple[object, ...]:
+        """Arguments of `experts` with weights in fp8."""
+        (gate_up, gate_up_scale), (down, down_scale) = quantise_rows(layer.gate_up), quantise_rows(layer.down)
+        return *layer[:4], gate_up, down, ExpertScales(gate_up_scale, down_scale)
+
     @pytest.mark.parametrize("num_tokens", [1, 4])
     @pytest.mark.parametrize("sizes", [SMALL, Sizes(hidden=256, experts=3, width=64, chosen=2)])
     def test_pairs_one_by_one(num_tokens: int, sizes: Sizes) -> None:
@@ -41,13 +48,38 @@ else:
         layer = make_layer(num_tokens, SMALL, dtype=torch.float32, popular=popular)
         torch.testing.assert_close(experts_grouped(*layer), experts_ref(*layer))
 
+    TILES: list[tuple[WeightKind, GroupedTiles]] = sorted(
+        {
+            (kind, tiles._replace(tokens=1 << 62))
+            for path in FOLDER.glob("*.json")
+            for kind, table in read_tables(path).grouped.items()
+            for tiles in table
+        }
+    )
+
     @pytest.mark.parametrize("has_copy_engine", [True, False])
-    @pytest.mark.parametrize("tiles", [*HOPPER_TILES, *OTHER_TILES])
-    def test_every_tile(tiles: Tiles, has_copy_engine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(moe_grouped, "OTHER_TILES", (tiles._replace(tokens=1 << 62),))
+    @pytest.mark.parametrize(("kind", "tiles"), TILES)
+    def test_every_tile(
+        kind: WeightKind, tiles: GroupedTiles, has_copy_engine: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tables: Tuned = tuned_for(torch.device("cpu"))._replace(grouped={kind: (tiles,)})
+        monkeypatch.setattr(moe_grouped, "tuned_for", lambda device: tables)
         monkeypatch.setattr(moe_grouped, "has_copy_engine", lambda device: has_copy_engine)
         layer = make_layer(27, Sizes(hidden=64, experts=4, width=64, chosen=2), dtype=torch.float32)
-        torch.testing.assert_close(experts_grouped(*layer), experts_ref(*layer))
+        args = quantised(layer) if kind == "fp8" else layer
+        torch.testing.assert_close(experts_grouped(*args), experts_ref(*args))
+
+    @pytest.mark.parametrize(
+        ("run", "num_tokens"), [(experts_small, 1), (experts_small, 4), (experts_grouped, 5), (experts_grouped, 70)]
+    )
+    def test_weights_in_fp8(run: object, num_tokens: int) -> None:
+        """Half of the experts have no pair, two tokens are padding, and what padding names is NaN."""
+        layer = make_layer(num_tokens, SMALL, dtype=torch.float32, popular=4, padding=min(2, num_tokens - 1))
+        layer.gate_up[4:] = layer.down[4:] = float("nan")
+        args = quantised(layer)
+        got = run(*args)  # type: ignore[operator]
+        torch.testing.assert_close(got, experts_ref(*args))
+        assert torch.equal(run(*args), got)  # type: ignore[operator]
 
     @pytest.mark.parametrize("num_tokens", [7, 300])
     @pytest.mark.parametrize("popular", [None, 3])

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from lfm.kernels import norm as ops
 from lfm.kernels import stream_gemm
-from lfm.kernels.stream_gemm import Tile, stream_gate_up, stream_project
+from lfm.kernels.fp8 import quantise_rows
+from lfm.kernels.stream_gemm import stream_gate_up, stream_project
+from lfm.kernels.tuned import StreamTile as Tile
 from lfm.kernels.weights import Linear, Norm
 from tests.kernels.interpreted import IS_INTERPRETED, run_interpreted
 
@@ -55,6 +57,29 @@ else:
         exact = ops.norm_project_ref(x.double(), wide(norm), wide(projection)) + residual.double()
         assert_near(stream_project(x, projection, tile, norm=norm, residual_TN=residual), exact)
         assert_near(stream_project(x, projection, tile), ops.project_ref(x.double(), wide(projection)))
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize(
+        ("tokens", "inputs", "outputs", "tile"),
+        [
+            (1, 128, 16, Tile(8, 2, 1, 1, 128)),  # sizes that the tile divides
+            (9, 208, 40, Tile(16, 2, 1, 2, 128)),  # neither rows nor inputs
+            (3, 16, 5, Tile(8, 2, 1, 4, 128)),  # less than a run of inputs
+        ],
+    )
+    def test_weights_in_fp8(tokens: int, inputs: int, outputs: int, tile: Tile, dtype: torch.dtype) -> None:
+        """e4m3 becomes the activation dtype exactly, so nothing but the usual rounding is allowed."""
+        x, residual = draw(tokens, inputs, dtype=dtype), draw(tokens, outputs, seed=1, dtype=dtype)
+        quantised, scale = quantise_rows(draw(outputs, inputs, seed=2, std=inputs**-0.5))
+        projection = Linear(quantised, draw(outputs, seed=3, dtype=dtype), scale)
+        norm = Norm(1 + draw(inputs, seed=4, dtype=dtype, std=0.1), 1e-5)
+        exact = ops.norm_project_ref(x.double(), wide(norm), wide(projection)) + residual.double()
+        assert_near(stream_project(x, projection, tile, norm=norm, residual_TN=residual), exact)
+        assert_near(stream_project(x, projection, tile), ops.project_ref(x.double(), wide(projection)))
+        quantised, scale = quantise_rows(draw(2 * outputs, inputs, seed=5, std=0.1))
+        both = Linear(quantised, scale=scale)
+        gate, up = ops.norm_project_ref(x.double(), wide(norm), wide(both)).chunk(2, dim=-1)
+        assert_near(stream_gate_up(x, norm, both, tile), torch.nn.functional.silu(gate) * up)
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize(("tokens", "width", "rows"), [(1, 16, 8), (7, 20, 16), (12, 8, 8)])

@@ -44,7 +44,7 @@ format: $(INSTALLED) ## format, and mend what lint can mend
 
 lock: $(BIN)/python ## rebuild requirements.lock, keeping its versions; newer ones: make lock ARGS=--upgrade
 	$(PIP) install --quiet $(UV)
-	echo torch | $(BIN)/uv --no-config pip compile pyproject.toml requirements.in --extra search --extra dev --excludes /dev/stdin \
+	echo torch | $(BIN)/uv --no-config pip compile pyproject.toml requirements.in --extra agent --extra search --extra dev --excludes /dev/stdin \
 	    --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" \
 	    --quiet --output-file requirements.lock $(ARGS)
 

@@ -41,17 +41,30 @@ async def mcp_tools(target: str, *, prefix: str = "") -> AsyncGenerator[list[Too
     Enter and leave it in one task. Raises UsageError without the `mcp` package or for a command that cannot be split,
     MachineError if the server cannot be reached.
     """
-    async with contextlib.AsyncExitStack() as stack:
-        client = _client(target)
-        try:
-            async with asyncio.timeout(CONNECT_S):
-                await stack.enter_async_context(client)
-                listed = await _list_tools(client)
-        except (Exception, BaseExceptionGroup) as error:
-            logger.debug("connecting to the MCP server failed", exc_info=True)
-            reason = f"no answer within {CONNECT_S:g} s" if isinstance(error, TimeoutError) else _reason(error)
-            raise MachineError(f"The MCP server {_shown(target)} cannot be used: {reason}.") from error
-        yield [_to_tool(client, item, prefix=prefix) for item in listed]
+    failure: Exception | None = None
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            listed = await _connect(client := _client(target), stack, target)
+            try:
+                yield [_to_tool(client, item, prefix=prefix) for item in listed]
+            except Exception as error:
+                failure = error
+                raise
+    except BaseExceptionGroup:
+        if failure is None:
+            raise
+        raise failure from None  # the block's own error, which the client's task groups have wrapped
+
+
+async def _connect(client: "Client", stack: contextlib.AsyncExitStack, target: str) -> "list[McpTool]":
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            await stack.enter_async_context(client)
+            return await _list_tools(client)
+    except (Exception, BaseExceptionGroup) as error:
+        logger.debug("connecting to the MCP server failed", exc_info=True)
+        reason = f"no answer within {CONNECT_S:g} s" if isinstance(error, TimeoutError) else _reason(error)
+        raise MachineError(f"The MCP server {_shown(target)} cannot be used: {reason}.") from error
 
 
 def _client(target: str) -> "Client":

@@ -9,10 +9,9 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from lfm.agent.docstring import parse_docstring
 from lfm.errors import UsageError
@@ -90,8 +89,8 @@ def _field(parameter: inspect.Parameter, hints: Mapping[str, object], described:
 
 def _is_json(value: object) -> bool:
     try:
-        to_jsonable_python(value)
-    except (PydanticSerializationError, ValueError, RecursionError):
+        TypeAdapter(object).dump_json(value)
+    except (ValueError, RecursionError):  # pydantic's error of serialisation is a ValueError
         return False
     return True
 

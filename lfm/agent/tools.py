@@ -9,12 +9,16 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pydantic_core import to_json
+from pydantic import ConfigDict, TypeAdapter
 
 from lfm.agent.signature import read_signature
 from lfm.errors import UsageError
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+
+_ANYTHING: TypeAdapter[object] = TypeAdapter(
+    object, config=ConfigDict(ser_json_inf_nan="strings", ser_json_bytes="base64")
+)
 
 
 class ToolError(Exception):
@@ -88,7 +92,7 @@ def to_text(value: object) -> str:
         return value
     if isinstance(value, Iterator) or inspect.isasyncgen(value) or inspect.isawaitable(value):
         raise ToolError(f"the tool returned a {type(value).__name__}, which has no end known; it must return a value")
-    return to_json(value, serialize_unknown=True, inf_nan_mode="strings", bytes_mode="base64").decode()
+    return _ANYTHING.dump_json(value, fallback=str).decode()
 
 
 async def in_thread(work: Callable[[], str]) -> str:

@@ -3,18 +3,17 @@
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TypeVar
+
+import msgspec
 
 from lfm.chat.completion import check_n, requests_for
 from lfm.chat.defaults import resolve_sampling
-from lfm.chat.messages import Message
-from lfm.chat.prompt import build_prompt
 from lfm.chat.tokenizer import Tokenizer
 from lfm.engine.validate import validate
 from lfm.errors import NotFoundError, RequestError
-from lfm.protocol import EngineInfo, EngineRequest
-from lfm.server.generation import Generation
+from lfm.protocol import EngineInfo, EngineRequest, GrammarSpec
+from lfm.server.generation import DeltaSource
 from lfm.server.schemas import SamplingRequest
 from lfm.server.state import AppState
 
@@ -52,17 +51,15 @@ async def in_thread_if_long(work: Callable[[], _T], *, num_bytes: int) -> _T:
     return await asyncio.to_thread(work) if num_bytes > LONG_BODY_BYTES else work()
 
 
-async def chat_prompt(
-    messages: Sequence[Message], *, state: AppState, num_bytes: int, param: str, add_generation_prompt: bool = True
-) -> list[int]:
-    """The ids of a conversation. `param` is what the client calls it, for errors; `num_bytes` about how long it is."""
-    check_text_size(sum(len(message.text) for message in messages), state, param=param)
-    build = partial(build_prompt, state.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+@contextmanager
+def renaming(ours: str, theirs: str) -> Iterator[None]:
+    """Let errors about what we call `ours` name what the client calls it."""
     try:
-        return await in_thread_if_long(build, num_bytes=num_bytes)
+        yield
     except RequestError as error:
-        error.message = error.message.replace("messages", param, 1)
-        error.param = error.param and error.param.replace("messages", param, 1)
+        if ours != theirs and error.param is not None and error.param.startswith(ours):
+            error.message = error.message.replace(ours, theirs, 1)
+            error.param = theirs + error.param.removeprefix(ours)
         raise
 
 
@@ -72,7 +69,14 @@ def shown_prompt(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 
 def make_requests(
-    request: SamplingRequest, prompts: Sequence[list[int]], *, request_id: str, tenant: str, state: AppState
+    request: SamplingRequest,
+    prompts: Sequence[list[int]],
+    *,
+    request_id: str,
+    tenant: str,
+    state: AppState,
+    grammar: GrammarSpec | None = None,
+    banned_ids: Sequence[int] = (),
 ) -> list[EngineRequest]:
     """One engine request per choice: the n choices of the first prompt, then those of the second, and so on.
 
@@ -101,12 +105,12 @@ def make_requests(
         engine_requests += requests_for(
             prompt_ids,
             request_id=request_id,
-            sampling=sampling,
+            sampling=msgspec.structs.replace(sampling, banned_ids=tuple(banned_ids)),
             n=n,
             first_choice=len(engine_requests),
             tenant=tenant,
         )
-    return engine_requests
+    return [msgspec.structs.replace(engine_request, grammar=grammar) for engine_request in engine_requests]
 
 
 def _max_tokens(request: SamplingRequest, num_prompt_tokens: int, info: EngineInfo) -> int:
@@ -121,10 +125,10 @@ def _max_tokens(request: SamplingRequest, num_prompt_tokens: int, info: EngineIn
     return min(request.token_limit, left) if request.is_clamped else request.token_limit
 
 
-async def open_generation(generation: Generation, request: SamplingRequest, *, prompt_field: str) -> None:
+async def open_generation(source: DeltaSource, request: SamplingRequest, *, prompt_field: str) -> None:
     """Submit. Raises what the engine refuses."""
     with naming_fields_of(request, prompt_field=prompt_field):
-        await generation.open()
+        await source.open()
 
 
 def check_requests(

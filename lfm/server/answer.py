@@ -11,7 +11,7 @@ from lfm.chat.output import Delta, join_deltas
 from lfm.protocol import ErrorInfo
 from lfm.server.asgi import send_json
 from lfm.server.errors import error_body
-from lfm.server.generation import Choice, Generation
+from lfm.server.generation import Choice, DeltaSource
 from lfm.server.sse import DONE, KEEP_ALIVE, EventWriter, data_event
 from lfm.server.state import RequestRecord
 
@@ -116,7 +116,7 @@ class ChunkShape(ABC):
         return data_event(error_body(error)) + DONE
 
 
-def usage_of(generation: Generation) -> Usage:
+def usage_of(generation: DeltaSource) -> Usage:
     return Usage(generation.num_prompt_tokens, generation.num_cached_tokens, generation.num_output_tokens)
 
 
@@ -131,7 +131,7 @@ def chat_usage(usage: Usage) -> Json:
     }
 
 
-async def send_whole(send: Send, generation: Generation, shape: AnswerShape) -> None:
+async def send_whole(send: Send, generation: DeltaSource, shape: AnswerShape) -> None:
     """Collect every delta, then send one body."""
     collected: list[list[Delta]] = [[] for _ in generation.choices]
     while news := await generation.next_deltas():
@@ -143,7 +143,7 @@ async def send_whole(send: Send, generation: Generation, shape: AnswerShape) -> 
 
 
 async def send_events(
-    send: Send, generation: Generation, shape: AnswerShape, *, record: RequestRecord, keepalive_s: float
+    send: Send, generation: DeltaSource, shape: AnswerShape, *, record: RequestRecord, keepalive_s: float
 ) -> None:
     """Stream the deltas. While a slow socket holds up the writer, later events pile up and leave as one chunk."""
     writer = EventWriter(send)
@@ -164,4 +164,4 @@ async def send_events(
 
 def _is_worth_sending(delta: Delta) -> bool:
     """Tokens whose text is still held back (half a character, the begin of a stop string) show nothing yet."""
-    return bool(delta.text or delta.logprobs or delta.prompt_logprobs or delta.finish_reason)
+    return bool(delta.text or delta.calls or delta.logprobs or delta.prompt_logprobs or delta.finish_reason)

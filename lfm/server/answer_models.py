@@ -105,10 +105,24 @@ class Annotation(BaseModel):
     url_citation: UrlCitation
 
 
+class FunctionCall(BaseModel):
+    """`arguments` is a JSON object, written as a string; of a call that max_tokens cut, its beginning."""
+
+    name: str
+    arguments: str
+
+
+class ChatToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class ChatAnswerMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    tool_calls: list[ChatToolCall] = Field(default_factory=list)
     annotations: list[Annotation] = Field(default_factory=list)
 
 
@@ -218,12 +232,10 @@ class ReasoningConfig(BaseModel):
     summary: None
 
 
-class TextFormat(BaseModel):
-    type: Literal["text"]
-
-
 class TextConfig(BaseModel):
-    format: TextFormat
+    """The format as the request had it."""
+
+    format: JsonObject
 
 
 class ResponseAnswer(BaseModel):
@@ -250,7 +262,7 @@ class ResponseAnswer(BaseModel):
     store: bool
     temperature: float
     text: TextConfig
-    tool_choice: Literal["auto"]
+    tool_choice: str | JsonObject
     tools: JsonArray
     top_logprobs: int
     top_p: float
@@ -281,6 +293,13 @@ class TextBlock(BaseModel):
     text: str
 
 
+class ToolUseBlock(BaseModel):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: JsonObject
+
+
 class MessageUsage(BaseModel):
     """`input_tokens` are those that were not found in the cache."""
 
@@ -295,8 +314,8 @@ class MessageAnswer(BaseModel):
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[TextBlock]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "model_context_window_exceeded"]
+    content: list[TextBlock | ToolUseBlock]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
     stop_sequence: str | None
     usage: MessageUsage
     warnings: list[FieldWarning] = Field(default_factory=list)

@@ -23,6 +23,7 @@ from lfm.server.completions import Completions
 from lfm.server.context import RequestContext
 from lfm.server.endpoint import Family, GenerationEndpoint, R
 from lfm.server.errors import from_http_exception
+from lfm.server.grammars import Grammars, Trial
 from lfm.server.guard import Guard
 from lfm.server.health import Liveness, Readiness
 from lfm.server.messages import Messages, TokenCount
@@ -53,6 +54,7 @@ def create_app(
     config: ServerConfig,
     worker: int = 0,
     responses: ResponsesStore | None = None,
+    grammar_trial: Trial | None = None,
     search: SearchService | None = None,
 ) -> Starlette:
     """Make the ASGI app of one API process; its `AppState` is `app.state.lfm`.
@@ -61,6 +63,7 @@ def create_app(
         model_name: the name that requests must use (`ServerConfig.served_model_name`, else the model source's name).
         worker: number of this API process, for the metrics' label.
         responses: where responses are stored; by default in the user's data folder.
+        grammar_trial: what tries clients' grammars; by default a process, started when it is first needed.
         search: what searches; by default a local index that is not there.
     """
     state = AppState(
@@ -72,6 +75,7 @@ def create_app(
         config=config,
         metrics=Metrics(backend, model_name=model_name, worker=worker),
         responses=responses or ResponsesStore(data_folder() / "responses.sqlite3"),
+        grammars=Grammars(backend, tokenizer, trial=grammar_trial),
         search=search or SearchService(),
     )
     app = Starlette(

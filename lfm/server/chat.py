@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from lfm.chat.call_parser_stream import CallDelta
 from lfm.chat.output import Delta, TokenScore
-from lfm.server.admission import chat_prompt, shown_prompt
+from lfm.server.admission import shown_prompt
 from lfm.server.answer import AnswerHead, ChunkShape, Json, Usage, chat_usage
+from lfm.server.constraints import plan_turn, with_messages
 from lfm.server.documents import ground
 from lfm.server.endpoint import Call, Prepared
 from lfm.server.generation import Choice
@@ -25,16 +27,18 @@ class Chat:
     rules = CHAT_RULES
 
     async def prepare(self, request: ChatRequest, *, call: Call) -> Prepared:
-        prompt_ids = await chat_prompt(request.messages, state=call.state, num_bytes=call.num_bytes, param="messages")
+        turn = await plan_turn(
+            request.messages, request.output_fields, state=call.state, num_bytes=call.num_bytes, param="messages"
+        )
         annotate = None
         if request.documents:
-            grounding = await ground(request, num_prompt_tokens=len(prompt_ids), state=call.state)
+            grounding = await ground(request, num_prompt_tokens=len(turn.prompt_ids), state=call.state)
             annotate = grounding.annotations
-            prompt_ids = await chat_prompt(
-                grounding.messages, state=call.state, num_bytes=call.num_bytes, param="messages"
+            turn = await with_messages(
+                turn, grounding.messages, state=call.state, num_bytes=call.num_bytes, param="messages"
             )
-        echoed = shown_prompt(prompt_ids, call.state.tokenizer) if request.echo else None
-        return Prepared([prompt_ids], partial(ChatShape, echoed=echoed, annotate=annotate))
+        echoed = shown_prompt(turn.prompt_ids, call.state.tokenizer) if request.echo else None
+        return Prepared.of_turn(turn, partial(ChatShape, echoed=echoed, annotate=annotate))
 
 
 class ChatShape(ChunkShape):
@@ -83,7 +87,9 @@ class ChatShape(ChunkShape):
         return chunk
 
     def _chunk_choice(self, choice: Choice, delta: Delta, role: dict[str, str]) -> Json:
-        content: Json = {**role, "content": delta.text}
+        content: Json = {**role, "content": delta.text} if delta.text or not delta.calls else {**role}
+        if delta.calls:
+            content["tool_calls"] = [self._call_delta(piece) for piece in delta.calls]
         if self._head.for_together and delta.token_ids:
             content["token_id"] = delta.token_ids[-1]
         if self._annotate is not None:
@@ -96,6 +102,16 @@ class ChatShape(ChunkShape):
             "seed": choice.request.sampling.seed,
         }
 
+    def _call_delta(self, piece: CallDelta) -> Json:
+        """OpenAI's stream helper joins the strings of all deltas, so ids and names come once, as in OpenAI's streams.
+
+        Together's types have the id and the type in every delta.
+        """
+        is_first = piece.name is not None
+        function: Json = {"name": piece.name} if is_first else {}
+        call: Json = {"index": piece.index, "function": {**function, "arguments": piece.arguments}}
+        return call | {"id": piece.id, "type": "function"} if is_first or self._head.for_together else call
+
     def _annotated(self, choice: Choice, delta: Delta, annotate: Annotate) -> Json:
         """The annotations of a streamed text, all in its last chunk: that is when it is known what it says."""
         texts = self._texts.setdefault(choice.index, [])
@@ -104,7 +120,13 @@ class ChatShape(ChunkShape):
         return {"annotations": annotations} if annotations else {}
 
     def _body_choice(self, choice: Choice, delta: Delta) -> Json:
-        message: Json = {"role": "assistant", "content": delta.text, "refusal": None}
+        content = delta.text if delta.text or not delta.calls else None
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        if delta.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in delta.calls
+            ]
         if self._annotate is not None:
             message["annotations"] = self._annotate(delta.text)
         return {

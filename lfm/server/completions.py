@@ -7,10 +7,11 @@ from lfm.chat.output import Delta, TokenScore
 from lfm.chat.tokenizer import Tokenizer
 from lfm.server.admission import check_prompt_size, check_text_size, in_thread_if_long, shown_prompt
 from lfm.server.answer import AnswerHead, ChunkShape, Json, Usage, chat_usage
+from lfm.server.constraints import check_grammar, read_rules
 from lfm.server.endpoint import Call, Prepared
 from lfm.server.generation import Choice
 from lfm.server.logprobs import completion_logprobs, token_arrays
-from lfm.server.refusals import CHAT_RULES
+from lfm.server.refusals import COMPLETION_RULES
 from lfm.server.schemas import CompletionRequest
 
 
@@ -20,7 +21,7 @@ class Completions:
     request_type = CompletionRequest
     id_prefix = "cmpl-"
     prompt_field = "prompt"
-    rules = CHAT_RULES
+    rules = COMPLETION_RULES
 
     async def prepare(self, request: CompletionRequest, *, call: Call) -> Prepared:
         tokenizer = call.state.tokenizer
@@ -33,7 +34,10 @@ class Completions:
         if request.echo:
             for given, prompt_ids in zip(request.prompt, prompts, strict=True):
                 echoed.append(given if isinstance(given, str) else shown_prompt(prompt_ids, tokenizer))
-        return Prepared(prompts, partial(CompletionShape, echoed=echoed, special_ids=tokenizer.special_ids))
+        rules = await read_rules((), request.output_fields, state=call.state)
+        await check_grammar(rules, state=call.state)
+        shape = partial(CompletionShape, echoed=echoed, special_ids=tokenizer.special_ids)
+        return Prepared(prompts, shape, list(rules.notes), rules)
 
 
 def _encode_all(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:

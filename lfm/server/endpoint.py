@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -14,12 +14,13 @@ from lfm.protocol import EngineRequest
 from lfm.server.admission import check_model, make_requests, open_generation
 from lfm.server.answer import AnswerHead, AnswerShape, send_events, send_whole
 from lfm.server.asgi import JsonBody, read_json_object
+from lfm.server.constraints import FREE, OutputRules, Turn
 from lfm.server.dialect import is_together
 from lfm.server.disconnect import run_while_connected
-from lfm.server.generation import Generation
+from lfm.server.generation import DeltaSource, Generation
 from lfm.server.refusals import FieldRules, as_warnings
 from lfm.server.schemas import SamplingRequest, parse_request
-from lfm.server.state import AppState, record_of
+from lfm.server.state import AppState, RequestRecord, record_of
 
 R = TypeVar("R", bound=SamplingRequest)
 
@@ -35,11 +36,21 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a family makes of a request: the ids of each prompt, the form of the answer, and what it has to warn of."""
+    """What a family makes of a request: the ids of each prompt, the form of the answer, and what it has to warn of.
+
+    `rules` hold for the output of every prompt. `turn` is the conversation that the prompt was made of, if it was.
+    """
 
     prompts: list[list[int]]
     shape: Callable[[AnswerHead], AnswerShape]
     warnings: list[str] = field(default_factory=list)
+    rules: OutputRules = FREE
+    turn: Turn | None = None
+
+    @staticmethod
+    def of_turn(turn: Turn, shape: Callable[[AnswerHead], AnswerShape], warnings: Sequence[str] = ()) -> "Prepared":
+        """One turn of a conversation, with what its rules have to warn of."""
+        return Prepared([turn.prompt_ids], shape, [*warnings, *turn.rules.notes], turn.rules, turn)
 
 
 class Family(Protocol[R]):
@@ -78,14 +89,33 @@ async def plan_request(family: Family[R], body: dict[str, object], *, call: Call
     stop = StopStrings(request.stop_strings, param=request.stop_field)
     prepared = await family.prepare(request, call=call)
     request_id = f"{family.id_prefix}{uuid.uuid4().hex}"
+    call_start = call.state.tokenizer.special.tool_call_start
     return Planned(
         request=request,
         request_id=request_id,
         prepared=prepared,
         stop=stop,
         engine_requests=make_requests(
-            request, prepared.prompts, request_id=request_id, tenant=call.owner, state=call.state
+            request,
+            prepared.prompts,
+            request_id=request_id,
+            tenant=call.owner,
+            state=call.state,
+            grammar=prepared.rules.grammar,
+            banned_ids=() if call_start is None or not prepared.rules.bans_calls else (call_start,),
         ),
+    )
+
+
+def make_source(plan: Planned[R], *, call: Call, record: RequestRecord) -> DeltaSource:
+    """Where the deltas of an answer come from. Nothing runs before its `open`."""
+    return Generation(
+        plan.engine_requests,
+        stop=plan.stop,
+        n=plan.num_choices,
+        state=call.state,
+        record=record,
+        reads_calls=plan.prepared.rules.reads_calls,
     )
 
 
@@ -105,23 +135,22 @@ class GenerationEndpoint(Generic[R]):
         family, state, record = self._family, self._state, record_of(scope)
         call = Call(state=state, num_bytes=body.num_bytes, owner=record.owner)
         plan = await plan_request(family, body.value, call=call)
-        n = plan.num_choices
-        generation = Generation(plan.engine_requests, stop=plan.stop, n=n, state=state, record=record)
+        source = make_source(plan, call=call, record=record)
         head = AnswerHead(
             request_id=plan.request_id,
             created=int(time.time()),
             model=state.model_name,
-            n=n,
+            n=plan.num_choices,
             warnings=as_warnings(family.rules.warnings(body.value) + plan.prepared.warnings),
             for_together=is_together(Headers(scope=scope)),
             includes_usage=plan.request.includes_usage,
         )
         shape = plan.prepared.shape(head)
         try:
-            await open_generation(generation, plan.request, prompt_field=family.prompt_field)
+            await open_generation(source, plan.request, prompt_field=family.prompt_field)
             if plan.request.stream:
-                await send_events(send, generation, shape, record=record, keepalive_s=state.config.keepalive_seconds)
+                await send_events(send, source, shape, record=record, keepalive_s=state.config.keepalive_seconds)
             else:
-                await send_whole(send, generation, shape)
+                await send_whole(send, source, shape)
         finally:
-            await generation.aclose()
+            await source.aclose()

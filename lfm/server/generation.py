@@ -7,7 +7,9 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from lfm.chat.call_parser import CallReader
 from lfm.chat.output import Delta, OutputProcessor, join_deltas
 from lfm.chat.stop import StopStrings
 from lfm.engine.client import EventStream
@@ -37,11 +39,49 @@ class Choice:
     last_token_at: float = 0.0
 
 
+class DeltaSource(Protocol):
+    """What an answer is made of: the deltas of its choices as they come, and what they cost.
+
+    `Generation` is one turn of the model. What runs tools between several turns would be another one.
+    """
+
+    @property
+    def choices(self) -> Sequence[Choice]: ...
+
+    @property
+    def is_finished(self) -> bool: ...
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+    @property
+    def num_cached_tokens(self) -> int: ...
+
+    @property
+    def num_output_tokens(self) -> int: ...
+
+    async def open(self) -> None: ...
+
+    async def next_deltas(self, *, timeout_s: float | None = None) -> list[tuple[Choice, Delta]] | None: ...
+
+    async def aclose(self) -> None: ...
+
+
 class Generation:
-    """Use `open`, then `next_deltas` until it returns an empty list; `aclose` in a `finally`."""
+    """One turn of the model. Use `open`, then `next_deltas` until it returns an empty list; `aclose` in a `finally`.
+
+    `reads_calls`: a grammar holds the blocks of calls, which are tool calls and no text.
+    """
 
     def __init__(
-        self, requests: Sequence[EngineRequest], *, stop: StopStrings, n: int, state: AppState, record: RequestRecord
+        self,
+        requests: Sequence[EngineRequest],
+        *,
+        stop: StopStrings,
+        n: int,
+        state: AppState,
+        record: RequestRecord,
+        reads_calls: bool = False,
     ) -> None:
         self._n = n
         self._state = state
@@ -56,6 +96,7 @@ class Generation:
                     prompt_ids=request.prompt_ids,
                     stop=stop,
                     num_logprobs=request.sampling.logprobs,
+                    calls=CallReader(is_constrained=True) if reads_calls else None,
                 ),
             )
             for index, request in enumerate(requests)
@@ -160,7 +201,7 @@ class Generation:
 def _observe_end(metrics: Metrics, choice: Choice, finish_reason: str) -> None:
     num_tokens = choice.processor.num_output_tokens
     metrics.output_tokens.observe(num_tokens)
-    if finish_reason in ("stop", "length"):
+    if finish_reason in ("stop", "length", "tool_calls"):
         metrics.count_success(finish_reason)
     if choice.first_token_at is not None and num_tokens > 1:
         metrics.per_token_s.observe((choice.last_token_at - choice.first_token_at) / (num_tokens - 1))

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from functools import partial
 
+from pydantic_core import from_json
 from starlette.types import Receive, Scope, Send
 
+from lfm.chat.call_parser_stream import CallDelta
 from lfm.chat.output import Delta
 from lfm.protocol import ErrorInfo
-from lfm.server.admission import chat_prompt, check_model
+from lfm.server.admission import check_model
 from lfm.server.answer import AnswerHead, Json, Usage
 from lfm.server.asgi import read_json_object, send_json
+from lfm.server.constraints import OutputRules, Turn, chat_prompt, check_grammar, read_rules
 from lfm.server.endpoint import Call, Prepared
 from lfm.server.errors import anthropic_error_body
 from lfm.server.generation import Choice
@@ -31,8 +34,11 @@ class Messages:
     rules = MESSAGES_RULES
 
     async def prepare(self, request: MessagesRequest, *, call: Call) -> Prepared:
-        prompt_ids = await _prompt_ids(request, state=call.state, num_bytes=call.num_bytes)
-        return Prepared([prompt_ids], partial(MessageShape, max_tokens=request.max_tokens))
+        rules = await read_rules(request.conversation, request.output_fields, state=call.state)
+        await check_grammar(rules, state=call.state)
+        prompt_ids = await _prompt_ids(request, rules, state=call.state, num_bytes=call.num_bytes)
+        turn = Turn(messages=request.conversation, rules=rules, prompt_ids=prompt_ids)
+        return Prepared.of_turn(turn, partial(MessageShape, max_tokens=request.max_tokens))
 
 
 class TokenCount:
@@ -47,13 +53,16 @@ class TokenCount:
         request = parse_request(TokenCountRequest, body.value)
         check_model(request.model, self._state.model_name)
         MESSAGES_RULES.refuse(body.value)
-        prompt_ids = await _prompt_ids(request, state=self._state, num_bytes=body.num_bytes)
+        request.check_combinations()
+        rules = await read_rules(request.conversation, request.output_fields, state=self._state)
+        prompt_ids = await _prompt_ids(request, rules, state=self._state, num_bytes=body.num_bytes)
         await send_json(send, {"input_tokens": len(prompt_ids)})
 
 
-async def _prompt_ids(request: TokenCountRequest, *, state: AppState, num_bytes: int) -> list[int]:
+async def _prompt_ids(request: TokenCountRequest, rules: OutputRules, *, state: AppState, num_bytes: int) -> list[int]:
     prompt_ids = await chat_prompt(
         request.conversation,
+        rules,
         state=state,
         num_bytes=num_bytes,
         param="messages",
@@ -71,7 +80,8 @@ class MessageShape:
         self._head = head
         self._max_tokens = max_tokens
         self._has_begun = False
-        self._has_text = False
+        self._num_blocks = 0
+        self._open: str | None = None  # what the block being written is: "text", or the id of a call
         self._end: tuple[Choice, Delta] | None = None
 
     def begin(self, choices: Sequence[Choice]) -> bytes:
@@ -95,7 +105,7 @@ class MessageShape:
 
     async def end(self, usage: Usage) -> bytes:
         assert self._end is not None, "the last delta comes before the end"
-        events: list[Json] = [{"type": "content_block_stop", "index": 0}] if self._has_text else []
+        events = self._close_block()
         events.append({"type": "message_delta", "delta": self._stop(*self._end), "usage": _usage_json(usage)})
         events.append({"type": "message_stop"})
         return b"".join(map(named_event, events))
@@ -106,18 +116,40 @@ class MessageShape:
     async def body(self, choices: Sequence[tuple[Choice, Delta]], usage: Usage) -> Json:
         choice, delta = choices[0]
         content: list[Json] = [{"type": "text", "text": delta.text}] if delta.text else []
+        content += [_tool_use(call) | {"input": _read_input(call.arguments)} for call in delta.calls]
         return self._message(content=content, usage=usage) | self._stop(choice, delta)
 
     def _content_events(self, delta: Delta) -> list[Json]:
-        if not delta.text:
-            return []
         events: list[Json] = []
-        if not self._has_text:
-            self._has_text = True
-            events.append({"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}})
-            events.append({"type": "ping"})  # where Anthropic sends its first
-        events.append({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": delta.text}})
+        if delta.text:
+            events += self._open_block("text", {"type": "text", "text": ""})
+            events.append(self._block_delta({"type": "text_delta", "text": delta.text}))
+        for call in delta.calls:
+            events += self._open_block(call.id, _tool_use(call))
+            if call.arguments:
+                events.append(self._block_delta({"type": "input_json_delta", "partial_json": call.arguments}))
         return events
+
+    def _open_block(self, key: str, block: Json) -> list[Json]:
+        """Close the block before, if this piece belongs to another one."""
+        if key == self._open:
+            return []
+        events = self._close_block()
+        events.append({"type": "content_block_start", "index": self._num_blocks, "content_block": block})
+        if self._num_blocks == 0:
+            events.append({"type": "ping"})  # where Anthropic sends its first
+        self._open = key
+        self._num_blocks += 1
+        return events
+
+    def _close_block(self) -> list[Json]:
+        if self._open is None:
+            return []
+        self._open = None
+        return [{"type": "content_block_stop", "index": self._num_blocks - 1}]
+
+    def _block_delta(self, delta: Json) -> Json:
+        return {"type": "content_block_delta", "index": self._num_blocks - 1, "delta": delta}
 
     def _message(self, *, content: list[Json], usage: Usage) -> Json:
         message: Json = {
@@ -137,8 +169,21 @@ class MessageShape:
                 "stop_reason": "model_context_window_exceeded" if is_clamped else "max_tokens",
                 "stop_sequence": None,
             }
+        if delta.finish_reason == "tool_calls":
+            return {"stop_reason": "tool_use", "stop_sequence": None}
         stop_string = choice.processor.stop_string
         return {"stop_reason": "end_turn" if stop_string is None else "stop_sequence", "stop_sequence": stop_string}
+
+
+def _tool_use(call: CallDelta) -> Json:
+    """A call as a block, before its input."""
+    return {"type": "tool_use", "id": f"toolu_{call.id.removeprefix('call_')}", "name": call.name, "input": {}}
+
+
+def _read_input(arguments: str) -> Json:
+    """The arguments as an object; of ones that max_tokens cut, what is whole: so Anthropic's clients read a stream."""
+    found: Json = from_json(arguments or "{}", allow_partial=True)
+    return found
 
 
 def _usage_json(usage: Usage) -> Json:

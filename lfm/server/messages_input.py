@@ -2,22 +2,51 @@
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import BeforeValidator, PlainValidator
 
+from lfm.chat.grammar_tools import ANTHROPIC_TOOLS
 from lfm.chat.json_fields import json_type, typed
 from lfm.chat.messages import Message, ToolCall
 from lfm.errors import RequestError
 from lfm.server.input_models import SystemText, Turns
-from lfm.server.schemas import SamplingRequest, shown
+from lfm.server.output_fields import OutputFields
+from lfm.server.schemas import FormatField, SamplingRequest, ToolFormatField, keep, shown
+from lfm.server.tool_models import MessagesTool, MessagesToolChoice
 from lfm.server.tool_turns import ToolTurns
 
 # Claude Code's first system block. It changes with every request, so no prefix after it would ever be found again.
 BILLING_HEADER = "x-anthropic-billing-header"
 PAST_THINKING = ("thinking", "redacted_thinking")  # of other models; this one has no place for it
 
+CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # what OpenAI calls them; the fourth is a tool by name
+
 Block = dict[str, object]
+
+
+class ParsedChoice(NamedTuple):
+    """A tool choice in the form of OpenAI's API, and whether the model may make several calls at once."""
+
+    choice: object = None
+    is_parallel: bool = True
+
+
+def parse_choice(value: object) -> ParsedChoice:
+    """Read `tool_choice`. Raises RequestError; which tools there are is not known here."""
+    if value is None:
+        return ParsedChoice()
+    raw = typed(value, dict, "tool_choice")
+    kind = typed(raw.get("type"), str, "tool_choice.type")
+    where = "tool_choice.disable_parallel_tool_use"
+    is_parallel = not typed(raw.get("disable_parallel_tool_use") or False, bool, where)
+    if kind == "tool":
+        return ParsedChoice({"type": "function", "name": raw.get("name")}, is_parallel)
+    if kind not in CHOICES:
+        raise RequestError(
+            f"tool_choice.type={shown(kind)} is not known. Allowed: auto, any, tool, none.", param="tool_choice.type"
+        )
+    return ParsedChoice(CHOICES[kind], is_parallel)
 
 
 def parse_system(value: object) -> str:
@@ -70,6 +99,13 @@ class TokenCountRequest(SamplingRequest):
 
     messages: Annotated[list[Message], PlainValidator(parse_turns, json_schema_input_type=Turns)]
     system: Annotated[str, PlainValidator(parse_system, json_schema_input_type=SystemText)] = ""
+    tools: Annotated[object, PlainValidator(keep, json_schema_input_type=list[MessagesTool] | None)] = None
+    tool_choice: Annotated[
+        ParsedChoice, PlainValidator(parse_choice, json_schema_input_type=MessagesToolChoice | None)
+    ] = ParsedChoice()
+    tool_format: ToolFormatField = None
+    output_format: FormatField = None
+    output_config: dict[str, object] | None = None
 
     @property
     def conversation(self) -> list[Message]:
@@ -80,6 +116,33 @@ class TokenCountRequest(SamplingRequest):
     def is_prefilled(self) -> bool:
         """Whether the answer continues the last turn."""
         return self.messages[-1].role == "assistant"
+
+    @property
+    def output_fields(self) -> OutputFields:
+        config_format = (self.output_config or {}).get("format")
+        is_old = config_format is None
+        return OutputFields(
+            tools=self.tools,
+            tool_choice=self.tool_choice.choice,
+            is_parallel=self.tool_choice.is_parallel,
+            answer_format=self.output_format if is_old else config_format,
+            tool_format=self.tool_format,
+            tool_syntax=ANTHROPIC_TOOLS,
+            format_param="output_format" if is_old else "output_config.format",
+        )
+
+    def check_combinations(self) -> None:
+        fields = self.output_fields
+        if self.output_format is not None and fields.format_param != "output_format":
+            raise RequestError(
+                "output_format and output_config.format are the same field. Send one of them.", param="output_format"
+            )
+        if self.is_prefilled and fields.answer_format is not None:
+            raise RequestError(
+                f"messages ends with a turn of the assistant, which {fields.format_param} would not hold for. "
+                "Send one of them.",
+                param=fields.format_param,
+            )
 
 
 class MessagesRequest(TokenCountRequest):

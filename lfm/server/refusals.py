@@ -54,11 +54,6 @@ def none_of(*values: object) -> AsksForNothing:
     return lambda given: given is None or any(type(given) is type(value) and given == value for value in values)
 
 
-def is_text_format(given: object) -> bool:
-    """Whether a format asks for plain text."""
-    return given is None or (isinstance(given, dict) and given.get("type") == "text")
-
-
 def _values_at(body: Mapping[str, object], path: str, where: str = "") -> Iterator[tuple[str, object]]:
     """Every value that a rule's path leads to, with its own path. Other shapes are the schema's to refuse."""
     name, _, rest = path.partition(".")
@@ -83,11 +78,8 @@ CACHE_IS_AUTOMATIC = "every prefix is cached, for as long as there is room"
 
 CHAT_RULES = FieldRules(
     refused={
-        "tools": none_of([]),
-        "tool_choice": none_of("none", "auto"),
         "functions": none_of([]),
         "function_call": none_of("none", "auto"),
-        "response_format": is_text_format,
         "web_search_options": none_of(),
         "modalities": none_of(["text"], []),
         "audio": none_of(),
@@ -130,11 +122,20 @@ CHAT_RULES = FieldRules(
     },
 )
 
-RESPONSES_RULES = FieldRules(
+# What needs messages. Answer formats are honoured here, too.
+COMPLETION_RULES = FieldRules(
     refused={
         "tools": none_of([]),
         "tool_choice": none_of("none", "auto"),
-        "text.format": is_text_format,
+        "tool_format": none_of(),
+        "documents": none_of([]),
+        **CHAT_RULES.refused,
+    },
+    without_effect=CHAT_RULES.without_effect,
+)
+
+RESPONSES_RULES = FieldRules(
+    refused={
         "background": none_of(False),
         "conversation": none_of(),
         "prompt": none_of(),
@@ -154,10 +155,6 @@ RESPONSES_RULES = FieldRules(
 
 MESSAGES_RULES = FieldRules(
     refused={
-        "tools": none_of([]),
-        "tool_choice": none_of({"type": "auto"}, {"type": "none"}),
-        "output_format": none_of(),
-        "output_config.format": none_of(),
         "mcp_servers": none_of([]),
         "container": none_of(),
     },

@@ -9,9 +9,9 @@ from starlette.types import Receive, Scope, Send
 
 from lfm.chat.messages import Message
 from lfm.errors import NotFoundError, RequestError
-from lfm.server.admission import chat_prompt
 from lfm.server.answer import Json
 from lfm.server.asgi import send_bytes, send_json
+from lfm.server.constraints import plan_turn
 from lfm.server.endpoint import Call, Prepared
 from lfm.server.refusals import NO_REASONING, RESPONSES_RULES
 from lfm.server.responses_input import Item, ResponsesRequest, to_messages
@@ -39,7 +39,7 @@ class Responses:
         if request.instructions is not None:  # those of earlier responses are not carried over
             messages.insert(0, Message(role="system", content=request.instructions))
         num_bytes = call.num_bytes + sum(len(message.text) for message in messages)
-        prompt_ids = await chat_prompt(messages, state=call.state, num_bytes=num_bytes, param="input")
+        turn = await plan_turn(messages, request.output_fields, state=call.state, num_bytes=num_bytes, param="input")
 
         async def store(response: Json) -> None:
             await call.state.responses.put(
@@ -53,7 +53,10 @@ class Responses:
 
         has_reasoning = request.input.num_reasoning > 0
         warnings = [f"input[] of type reasoning has no effect: {NO_REASONING}."] if has_reasoning else []
-        return Prepared([prompt_ids], partial(ResponseShape, request=request, store=store), warnings)
+        shape = partial(
+            ResponseShape, request=request, store=store, call_start_id=call.state.tokenizer.special.tool_call_start
+        )
+        return Prepared.of_turn(turn, shape, warnings)
 
 
 async def _past_items(request: ResponsesRequest, *, call: Call) -> list[Item]:
@@ -70,7 +73,9 @@ async def _past_items(request: ResponsesRequest, *, call: Call) -> list[Item]:
             code="previous_response_not_found",
         )
     items: list[Json] = orjson.loads(stored.conversation) + orjson.loads(stored.response)["output"]
-    return [Item(item, "previous_response_id") for item in items]
+    # A call that max_tokens cut is no call that a result could answer.
+    whole = [item for item in items if item["type"] != "function_call" or item["status"] == "completed"]
+    return [Item(item, "previous_response_id") for item in whole]
 
 
 class StoredResponses:

@@ -9,13 +9,24 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Annotated, NamedTuple
 
-from pydantic import AfterValidator, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
 from lfm.chat.json_fields import json_type, parse_arguments, typed
 from lfm.chat.messages import Message, ToolCall
 from lfm.errors import RequestError
 from lfm.server.input_models import ResponsesInput
-from lfm.server.schemas import SamplingRequest, StopField, TopLogprobsField, shown
+from lfm.server.output_fields import OutputFields
+from lfm.server.schemas import (
+    ChoiceField,
+    FormatField,
+    SamplingRequest,
+    StopField,
+    ToolFormatField,
+    TopLogprobsField,
+    keep,
+    shown,
+)
+from lfm.server.tool_models import ResponsesTool
 from lfm.server.tool_turns import ToolTurns
 
 Json = dict[str, object]
@@ -198,6 +209,12 @@ def _check_metadata(value: dict[str, str] | None) -> dict[str, str] | None:
     return value
 
 
+class TextOptions(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    format: FormatField = None
+
+
 class ResponsesRequest(SamplingRequest):
     """POST /v1/responses."""
 
@@ -212,7 +229,11 @@ class ResponsesRequest(SamplingRequest):
     include: list[str] | None = None
     metadata: Annotated[dict[str, str] | None, AfterValidator(_check_metadata)] = None
     store: bool | None = None
+    text: TextOptions | None = None
+    tools: Annotated[object, PlainValidator(keep, json_schema_input_type=list[ResponsesTool] | None)] = None
+    tool_choice: ChoiceField = None
     parallel_tool_calls: bool | None = None
+    tool_format: ToolFormatField = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     user: str | None = None
@@ -233,6 +254,21 @@ class ResponsesRequest(SamplingRequest):
     @property
     def max_tokens_field(self) -> str:
         return "max_output_tokens"
+
+    @property
+    def answer_format(self) -> object:
+        return None if self.text is None else self.text.format
+
+    @property
+    def output_fields(self) -> OutputFields:
+        return OutputFields(
+            tools=self.tools,
+            tool_choice=self.tool_choice,
+            is_parallel=self.parallel_tool_calls is not False,
+            answer_format=self.answer_format,
+            tool_format=self.tool_format,
+            format_param="text.format",
+        )
 
     @property
     def is_stored(self) -> bool:

@@ -4,13 +4,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from lfm.chat.output import Delta
+from lfm.chat.call_parser_stream import CallDelta
+from lfm.chat.output import Delta, TokenScore
 from lfm.protocol import ErrorInfo
 from lfm.server.answer import AnswerHead, Json, Usage
 from lfm.server.generation import Choice
-from lfm.server.logprobs import logprob_entries
 from lfm.server.refusals import as_warnings
-from lfm.server.responses_input import ResponsesRequest, new_id
+from lfm.server.responses_input import ResponsesRequest
+from lfm.server.responses_items import CallItem, MessageItem
 from lfm.server.sse import DONE, KEEP_ALIVE, named_event
 from lfm.service.responses_store import StoreError
 
@@ -20,7 +21,12 @@ NOT_STORED = "store has no effect: this response could not be stored, so nothing
 
 
 class ResponseShape:
-    """Follows one answer. `store` keeps the finished response object; it raises StoreError if it cannot."""
+    """Follows one answer.
+
+    Args:
+        store: keeps the finished response object; it raises StoreError if it cannot.
+        call_start_id: the token that opens a block of calls. Log-probabilities from it on belong to no text.
+    """
 
     def __init__(
         self,
@@ -28,13 +34,17 @@ class ResponseShape:
         *,
         request: ResponsesRequest,
         store: Callable[[Json], Awaitable[None]],
+        call_start_id: int | None = None,
     ) -> None:
         self._head = head
         self._request = request
         self._store = store
         self._choice: Choice | None = None
         self._num_events = 0
-        self._message: _MessageItem | None = None
+        self._call_start_id = call_start_id
+        self._has_calls = False  # the text is over
+        self._held_scores: list[TokenScore] = []  # of tokens before the first text
+        self._items: list[MessageItem | CallItem] = []
         self._finish_reason: str | None = None
 
     def begin(self, choices: Sequence[Choice]) -> bytes:
@@ -56,8 +66,9 @@ class ResponseShape:
         return self._events(*closing, {"type": f"response.{response['status']}", "response": response}) + DONE
 
     def failure(self, error: ErrorInfo, http_request_id: str) -> bytes:
-        output = [self._message.value("incomplete")] if self._message is not None else []
-        response = self._response("failed", output=output)
+        if self._items:
+            self._items[-1].close("incomplete")
+        response = self._response("failed", output=self._output())
         response["error"] = {"code": "server_error", "message": error.message}
         return self._events({"type": "response.failed", "response": response}) + DONE
 
@@ -71,31 +82,64 @@ class ResponseShape:
         """The events of one delta, without their numbers."""
         if delta.finish_reason is not None:
             self._finish_reason = delta.finish_reason
-        if not delta.text and not delta.logprobs:
-            return []
-        opening = self._open_message()
-        assert self._message is not None
-        return [*opening, self._message.add(delta)]
+        scores = self._scores_of_text(delta)
+        events = self._add_text(delta.text, scores) if delta.text or scores else []
+        for piece in delta.calls:
+            events += self._add_call(piece)
+        return events
 
-    def _open_message(self) -> list[Json]:
-        if self._message is not None:
+    def _scores_of_text(self, delta: Delta) -> list[TokenScore]:
+        scores: list[TokenScore] = []
+        for score in delta.logprobs:
+            self._has_calls = self._has_calls or score.token_id == self._call_start_id
+            if not self._has_calls:
+                scores.append(score)
+        return scores
+
+    def _add_text(self, text: str, scores: list[TokenScore]) -> list[Json]:
+        last = self._items[-1] if self._items else None
+        if isinstance(last, MessageItem):
+            return [last.add(text, scores)]
+        self._held_scores += scores
+        if not text:
             return []
-        self._message = _MessageItem(output_index=0)
-        return self._message.opening()
+        opened = MessageItem(output_index=len(self._items))
+        scores, self._held_scores = self._held_scores, []
+        return [*self._open(opened), opened.add(text, scores)]
+
+    def _add_call(self, piece: CallDelta) -> list[Json]:
+        events = []
+        last = self._items[-1] if self._items else None
+        if not isinstance(last, CallItem) or last.index != piece.index:
+            last = CallItem(piece, output_index=len(self._items))
+            events = self._open(last)
+        return [*events, last.add(piece.arguments)] if piece.arguments else events
+
+    def _open(self, item: MessageItem | CallItem) -> list[Json]:
+        """Begin an item; the one before is complete then."""
+        closing = self._items[-1].close("completed") if self._items else []
+        self._items.append(item)
+        return [*closing, *item.opening()]
 
     def _close(self) -> list[Json]:
-        """Every answer has a message, if only an empty one."""
-        opening = self._open_message()
-        assert self._message is not None
-        return [*opening, *self._message.closing(self._item_status)]
+        """Every answer has an item, if only an empty message."""
+        events: list[Json] = []
+        if not self._items:
+            message = MessageItem(output_index=0)
+            events = self._open(message)
+            if self._held_scores:
+                events.append(message.add("", self._held_scores))
+        return [*events, *self._items[-1].close(self._status)]
+
+    def _output(self) -> list[Json]:
+        return [item.value() for item in self._items]
 
     @property
-    def _item_status(self) -> str:
+    def _status(self) -> str:
         return "incomplete" if self._finish_reason == "length" else "completed"
 
     async def _finished(self, usage: Usage) -> Json:
-        assert self._message is not None
-        response = self._response(self._item_status, output=[self._message.value(self._item_status)])
+        response = self._response(self._status, output=self._output())
         response["usage"] = _usage_json(usage)
         if self._finish_reason == "length":
             response["incomplete_details"] = {"reason": "max_output_tokens"}
@@ -136,9 +180,9 @@ class ResponseShape:
             "service_tier": "default",
             "store": request.is_stored,
             "temperature": sampling.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "text": {"format": request.answer_format or {"type": "text"}},
+            "tool_choice": request.tool_choice or "auto",
+            "tools": _shown_tools(request.tools),
             "top_logprobs": request.top_logprobs or 0,
             "top_p": sampling.top_p,
             "presence_penalty": sampling.presence_penalty,
@@ -157,64 +201,13 @@ class ResponseShape:
         return b"".join(data)
 
 
-class _MessageItem:
-    """The output item of a text, while it grows."""
-
-    def __init__(self, *, output_index: int) -> None:
-        self._item_id = new_id("message")
-        self._output_index = output_index
-        self._texts: list[str] = []
-        self._logprobs: list[Json] = []
-
-    def opening(self) -> list[Json]:
-        item = self.value("in_progress") | {"content": []}
-        return [
-            {"type": "response.output_item.added", "output_index": self._output_index, "item": item},
-            self._part_event("response.content_part.added", {"part": self._part()}),
-        ]
-
-    def add(self, delta: Delta) -> Json:
-        logprobs = logprob_entries(delta.logprobs)
-        self._texts.append(delta.text)
-        self._logprobs += logprobs
-        return self._part_event("response.output_text.delta", {"delta": delta.text, "logprobs": logprobs})
-
-    def closing(self, status: str) -> list[Json]:
-        return [
-            self._part_event("response.output_text.done", {"text": "".join(self._texts), "logprobs": self._logprobs}),
-            self._part_event("response.content_part.done", {"part": self._part()}),
-            {
-                "type": "response.output_item.done",
-                "output_index": self._output_index,
-                "item": self.value(status),
-            },
-        ]
-
-    def value(self, status: str) -> Json:
-        return {
-            "id": self._item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": status,
-            "content": [self._part()],
-        }
-
-    def _part(self) -> Json:
-        return {
-            "type": "output_text",
-            "text": "".join(self._texts),
-            "annotations": [],
-            "logprobs": list(self._logprobs),
-        }
-
-    def _part_event(self, kind: str, fields: Json) -> Json:
-        return {
-            "type": kind,
-            "item_id": self._item_id,
-            "output_index": self._output_index,
-            "content_index": 0,
-            **fields,
-        }
+def _shown_tools(tools: object) -> list[Json]:
+    """The tools as the request had them, with every field that OpenAI's own answers have."""
+    shown = []
+    for tool in tools if isinstance(tools, list) else []:
+        function = tool.get("function", tool)
+        shown.append({"description": None, "parameters": None, "strict": None, **function, "type": "function"})
+    return shown
 
 
 def _usage_json(usage: Usage) -> Json:

@@ -101,6 +101,7 @@ class ApiServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
         self._state.responses.close()
+        self._state.grammars.close()
         await self._state.search.aclose()
 
     async def on_tick(self, counter: int) -> bool:

@@ -16,6 +16,9 @@ from lfm.errors import RequestError
 from lfm.protocol import MAX_PROMPTS, MAX_TOP_LOGPROBS
 from lfm.search.packing import SourceDocument, parse_documents
 from lfm.server.input_models import ChatMessage, RequestDocument
+from lfm.server.output_fields import OutputFields
+from lfm.server.tool_models import AnswerFormatField, ChatTool, ToolChoiceField, ToolFormat
+from lfm.server.tool_turns import pair_results
 
 _R = TypeVar("_R", bound=BaseModel)
 
@@ -93,7 +96,22 @@ def _check_document_tokens(value: int | None) -> int | None:
     return value
 
 
+def parse_chat(value: object) -> list[Message]:
+    """The messages of a chat request, its tool results in the order of their calls."""
+    return pair_results(parse_messages(value))
+
+
+def keep(value: object) -> object:
+    """Leave a field as it is, for a reader that knows more of the request."""
+    return value
+
+
 StopField = Annotated[list[str] | None, BeforeValidator(_parse_stop, json_schema_input_type=str | list[str] | None)]
+# Fields that `lfm.server.constraints` reads, with the types that the OpenAPI document tells.
+ToolsField = Annotated[object, PlainValidator(keep, json_schema_input_type=list[ChatTool] | None)]
+ChoiceField = Annotated[object, PlainValidator(keep, json_schema_input_type=ToolChoiceField | None)]
+FormatField = Annotated[object, PlainValidator(keep, json_schema_input_type=AnswerFormatField | None)]
+ToolFormatField = Annotated[object, PlainValidator(keep, json_schema_input_type=ToolFormat | None)]
 TopLogprobsField = Annotated[int | None, AfterValidator(_check_top_logprobs)]
 
 
@@ -247,12 +265,27 @@ class GenerationRequest(SamplingRequest):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], PlainValidator(parse_messages, json_schema_input_type=list[ChatMessage])]
+    messages: Annotated[list[Message], PlainValidator(parse_chat, json_schema_input_type=list[ChatMessage])]
+    tools: ToolsField = None
+    tool_choice: ChoiceField = None
+    parallel_tool_calls: bool | None = None
+    tool_format: ToolFormatField = None
+    response_format: FormatField = None
     documents: Annotated[
         list[SourceDocument],
         PlainValidator(_parse_documents, json_schema_input_type=list[str | RequestDocument] | None),
     ] = Field(default_factory=list)
     max_document_tokens: Annotated[int | None, AfterValidator(_check_document_tokens)] = None
+
+    @property
+    def output_fields(self) -> OutputFields:
+        return OutputFields(
+            tools=self.tools,
+            tool_choice=self.tool_choice,
+            is_parallel=self.parallel_tool_calls is not False,
+            answer_format=self.response_format,
+            tool_format=self.tool_format,
+        )
 
 
 class CompletionRequest(GenerationRequest):
@@ -262,6 +295,11 @@ class CompletionRequest(GenerationRequest):
         list[str | list[int]],
         PlainValidator(_parse_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
+    response_format: FormatField = None
+
+    @property
+    def output_fields(self) -> OutputFields:
+        return OutputFields(answer_format=self.response_format)
 
 
 EXPECTED = {

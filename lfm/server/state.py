@@ -17,6 +17,7 @@ from lfm.engine.client import EngineBackend
 from lfm.errors import OverloadedError
 from lfm.protocol import ErrorInfo
 from lfm.server.errors import SHUTTING_DOWN
+from lfm.server.grammars import Grammars
 from lfm.server.metrics import Metrics
 from lfm.server.search_service import SearchService
 from lfm.service.responses_store import ResponsesStore
@@ -57,6 +58,7 @@ class AppState:
     config: ServerConfig
     metrics: Metrics
     responses: ResponsesStore
+    grammars: Grammars
     search: SearchService
     packing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))  # large documents: one at a time
     created: int = field(default_factory=lambda: int(time.time()))

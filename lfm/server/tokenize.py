@@ -7,11 +7,10 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, PlainValidator
 from starlette.types import Receive, Scope, Send
 
-from lfm.chat.messages import Message, parse_messages
+from lfm.chat.messages import Message
 from lfm.chat.tokenizer import Tokenizer
 from lfm.errors import RequestError
 from lfm.server.admission import (
-    chat_prompt,
     check_model,
     check_prompt_size,
     check_text_size,
@@ -19,13 +18,15 @@ from lfm.server.admission import (
     shown_prompt,
 )
 from lfm.server.asgi import read_json_object, send_json
+from lfm.server.constraints import chat_prompt, read_rules
 from lfm.server.input_models import ChatMessage
-from lfm.server.schemas import parse_request
+from lfm.server.output_fields import OutputFields
+from lfm.server.schemas import ToolFormatField, ToolsField, parse_chat, parse_request
 from lfm.server.state import AppState
 
 
 def _parse_messages(value: object) -> list[Message] | None:
-    return None if value is None else parse_messages(value)
+    return None if value is None else parse_chat(value)
 
 
 class TokenizeRequest(BaseModel):
@@ -41,6 +42,8 @@ class TokenizeRequest(BaseModel):
     messages: Annotated[
         list[Message] | None, PlainValidator(_parse_messages, json_schema_input_type=list[ChatMessage] | None)
     ] = None
+    tools: ToolsField = None
+    tool_format: ToolFormatField = None
     add_special_tokens: bool | None = None
     parse_special: bool | None = None
     add_generation_prompt: bool | None = None
@@ -67,8 +70,11 @@ class Tokenize:
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("Send either prompt or messages.", param="prompt")
         if request.messages is not None:
+            fields = OutputFields(tools=request.tools, tool_format=request.tool_format)
+            rules = await read_rules(request.messages, fields, state=state)
             ids = await chat_prompt(
                 request.messages,
+                rules,
                 state=state,
                 num_bytes=body.num_bytes,
                 param="messages",

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +16,14 @@ from starlette.applications import Starlette
 from lfm.chat.defaults import SamplingDefaults
 from lfm.chat.tokenizer import Tokenizer
 from lfm.config import ModelConfig, ServerConfig
+from lfm.engine.grammar_library import TokenTable
+from lfm.engine.grammar_masks import token_table
+from lfm.engine.grammar_worker import try_grammar
 from lfm.engine.validate import validate
-from lfm.errors import LfmError, OverloadedError
-from lfm.protocol import EngineInfo, EngineRequest, EngineStats, TokenEvent, TokenLogprob
+from lfm.errors import LfmError, OverloadedError, RequestError
+from lfm.protocol import EngineInfo, EngineRequest, EngineStats, GrammarSpec, TokenEvent, TokenLogprob
 from lfm.server.app import create_app
+from lfm.server.grammars import Trial
 from lfm.server.run import ApiServer, bind_socket
 from lfm.server.search_service import SearchService
 from lfm.server.state import AppState
@@ -178,7 +183,7 @@ class FakeBackend:
         return self.engine_stats
 
     def script(self, request: EngineRequest) -> list[int]:
-        return TOKENIZER.encode(self.text)
+        return TOKENIZER.encode_raw(self.text)[1:]
 
     async def submit(self, requests: Sequence[EngineRequest]) -> FakeStream:
         if self.refusal is not None:
@@ -209,6 +214,35 @@ class FakeBackend:
             stream.wake()
 
 
+@functools.cache
+def _table() -> TokenTable:
+    return token_table(TOKENIZER, vocab_size=512)
+
+
+@functools.cache
+def _compiled_table() -> Any:
+    return _table().compiled()
+
+
+class TrialHere:
+    """Tries grammars in this process, which takes far less time. What could crash it is for the real one."""
+
+    def __init__(self) -> None:
+        self.tried: list[GrammarSpec] = []
+
+    def has_passed(self, spec: GrammarSpec) -> bool:
+        return False
+
+    def check(self, spec: GrammarSpec, *, param: str) -> None:
+        self.tried.append(spec)
+        error = try_grammar(_compiled_table(), spec.text, stop_ids=frozenset(_table().stop_ids))
+        if error is not None:
+            raise RequestError(f"{param} makes a grammar that cannot be used: {error}.", param=param)
+
+    def close(self) -> None:
+        pass
+
+
 def make_app(
     backend: FakeBackend,
     config: ServerConfig | None = None,
@@ -216,6 +250,7 @@ def make_app(
     model_name: str = MODEL,
     responses: ResponsesStore | None = None,
     search: SearchService | None = None,
+    trial: Trial | None = None,
 ) -> Starlette:
     """Responses are stored only if there is a store for them: no test may write into the user's own."""
     return create_app(
@@ -227,6 +262,7 @@ def make_app(
         config=config or ServerConfig(),
         responses=responses or ResponsesStore(Path("/dev/null/responses.sqlite3")),
         search=search,
+        grammar_trial=trial or TrialHere(),
     )
 
 
@@ -244,10 +280,11 @@ class AppClient:
     config: ServerConfig = field(default_factory=ServerConfig)
     responses: ResponsesStore | None = None
     search: SearchService | None = None
+    trial: Trial = field(default_factory=TrialHere)
     app: Starlette = field(init=False)
 
     def __post_init__(self) -> None:
-        self.app = make_app(self.backend, self.config, responses=self.responses, search=self.search)
+        self.app = make_app(self.backend, self.config, responses=self.responses, search=self.search, trial=self.trial)
 
     def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
         async def call() -> httpx2.Response:

@@ -71,9 +71,9 @@ def test_errors_are_raised_by_their_types(client: Any, server: RunningServer) ->
         client.messages.create(model="claude", max_tokens=5, messages=MESSAGES)
     assert unknown.value.type == "not_found_error"
     assert unknown.value.request_id
-    with pytest.raises(anthropic.BadRequestError, match="tools is not supported") as refused:
+    with pytest.raises(anthropic.BadRequestError, match=r"tools\[0\].type") as refused:
         client.messages.create(
-            model=MODEL, max_tokens=5, messages=MESSAGES, tools=[{"name": "now", "input_schema": {"type": "object"}}]
+            model=MODEL, max_tokens=5, messages=MESSAGES, tools=[{"type": "bash_20250124", "name": "bash"}]
         )
     assert refused.value.type == "invalid_request_error"
     server.backend.refusal = OverloadedError("The queue is full.", retry_after_s=1, code="queue_full")

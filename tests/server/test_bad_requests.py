@@ -120,14 +120,8 @@ def test_a_wrong_field_is_named(client: AppClient, param: str, fields: dict[str,
 
 
 UNSUPPORTED = [
-    ("tools", [{"type": "function", "function": {"name": "now"}}]),
-    ("tool_choice", "required"),
-    ("tool_choice", {"type": "function", "function": {"name": "now"}}),
     ("functions", [{"name": "now"}]),
     ("function_call", {"name": "now"}),
-    ("response_format", {"type": "json_object"}),
-    ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
-    ("response_format", "text"),
     ("web_search_options", {}),
     ("modalities", ["text", "audio"]),
     ("audio", {"voice": "alloy", "format": "wav"}),

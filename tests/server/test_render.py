@@ -54,7 +54,7 @@ def test_a_chat_prompt_is_shown_with_its_control_tokens(client: AppClient) -> No
     [
         ("messages", {"messages": []}),
         ("messages[0].role", {"messages": [{"role": "wizard", "content": ""}]}),
-        ("tools", {"tools": [{"type": "function", "function": {"name": "now"}}]}),
+        ("tools[0].function.name", {"tools": [{"type": "function", "function": {"name": "no name"}}]}),
         ("temperature", {"temperature": 3}),
         ("max_completion_tokens", {"max_completion_tokens": 10**7}),
         ("messages", {"messages": [{"role": "user", "content": "a" * 5000}]}),

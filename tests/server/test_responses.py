@@ -284,9 +284,6 @@ def test_a_wrong_field_is_named(client: AppClient, param: str, fields: dict[str,
 @pytest.mark.parametrize(
     ("param", "fields"),
     [
-        ("tools", {"tools": [{"type": "function", "name": "now", "parameters": {}}]}),
-        ("tool_choice", {"tool_choice": "required"}),
-        ("text.format", {"text": {"format": {"type": "json_object"}}}),
         ("background", {"background": True}),
         ("conversation", {"conversation": "conv_1"}),
         ("prompt", {"prompt": {"id": "p"}}),

@@ -157,7 +157,7 @@ def measure_builds(table: TokenTable, *, runs: int) -> Iterator[Result]:
             tools = [tool(index) for index in range(count)]
             times: dict[str, list[float]] = {"read_ms": [], "write_ms": [], "compile_ms": [], "known_ms": []}
             for _ in range(runs):
-                cache, sets = GrammarCache(table), ToolSets(max_tokens=CONTEXT)
+                cache, sets = GrammarCache(lambda: table), ToolSets(max_tokens=CONTEXT)
                 spec: list[GrammarSpec] = []
 
                 def write() -> None:
@@ -197,7 +197,7 @@ def requests(kind: str, choice: random.Random) -> Iterator[tuple[GrammarSpec, st
 
 def measure_masks(vocabulary: Vocabulary, table: TokenTable, *, runs: int) -> Iterator[Result]:
     """What each token of constrained texts costs."""
-    cache = GrammarCache(table)
+    cache = GrammarCache(lambda: table)
     for kind in ("pythonic", "json", "schema", "any object"):
         walks = [
             walk(cache.matcher(spec), vocabulary, text)

@@ -7,10 +7,14 @@ from collections.abc import Callable
 import msgspec
 import torch
 
+from lfm.chat.tokenizer import Tokenizer
 from lfm.config import EngineConfig, EnginePlan, ModelConfig
 from lfm.engine.batch import BatchBuilder
 from lfm.engine.cache import BlockHasher, BlockPool
 from lfm.engine.engine import Engine
+from lfm.engine.grammar_library import TokenTable
+from lfm.engine.grammar_masks import token_table
+from lfm.engine.grammars import Grammars
 from lfm.engine.plan import plan_engine
 from lfm.engine.runner import Runner
 from lfm.engine.sampling_rows import SamplingRows
@@ -28,6 +32,9 @@ from lfm.model.source import ModelSource, resolve_model
 from lfm.model.weights import load_weights
 from lfm.protocol import EngineInfo
 
+# Forced ids from which on a chunk is worth it. With overlap the first of them is sampled anyway, in the step whose
+# forward is launched already, and a chunk of one would save nothing.
+MIN_CHUNK, MIN_CHUNK_OVERLAPPED = 1, 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -43,8 +50,14 @@ def build_engine(config: EngineConfig, *, on_phase: Callable[[str], None] = lamb
     if plan.num_threads is not None:
         torch.set_num_threads(plan.num_threads)
     model = load_model(source, plan, on_phase=on_phase)
-    num_ids = num_tokenizer_ids(source)
-    engine = assemble_engine(model, plan, num_ids=num_ids, name=source.name)
+    tokenizer = Tokenizer.for_source(source.folder, source.config)
+    engine = assemble_engine(
+        model,
+        plan,
+        num_ids=tokenizer.num_ids,
+        name=source.name,
+        make_table=lambda: token_table(tokenizer, vocab_size=source.config.vocab_size),
+    )
     engine.info = msgspec.structs.replace(engine.info, load_s=time.monotonic() - started_s)
     on_phase(f"ready after {engine.info.load_s:.1f} s")
     return engine
@@ -63,13 +76,6 @@ def load_model(source: ModelSource, plan: EnginePlan, *, on_phase: Callable[[str
     return pack(model.requires_grad_(False).eval())
 
 
-def num_tokenizer_ids(source: ModelSource) -> int:
-    """How many ids have a text. Ids beyond are never sampled."""
-    from lfm.chat.tokenizer import Tokenizer
-
-    return Tokenizer.for_source(source.folder, source.config).num_ids
-
-
 def assemble_engine(
     model: Lfm2,
     plan: EnginePlan,
@@ -78,8 +84,12 @@ def assemble_engine(
     name: str = "model",
     ops: Ops | None = None,
     overlap: bool | None = None,
+    make_table: Callable[[], TokenTable] | None = None,
 ) -> Engine:
-    """An engine around a model on its device. `ops` and `overlap` None: what the plan and the device call for."""
+    """An engine around a model on its device. `ops` and `overlap` None: what the plan and the device call for.
+
+    `make_table` makes the tokens that grammars are written in; without it, requests may have none.
+    """
     config, device = model.config, torch.device(plan.device)
     if ops is None:
         ops = REFERENCE if plan.plain_loop else FAST
@@ -108,7 +118,8 @@ def assemble_engine(
     if is_fast and ops.is_capturable and _has_kernels(runner):
         runner.enable_graphs()
     overlap = is_fast if overlap is None else overlap
-    return Engine(scheduler, runner, info, num_ids=num_ids, overlap=overlap, seed=plan.seed)
+    grammars = Grammars(make_table, rows, min_chunk=MIN_CHUNK_OVERLAPPED if overlap else MIN_CHUNK)
+    return Engine(scheduler, runner, grammars, info, num_ids=num_ids, overlap=overlap, seed=plan.seed)
 
 
 def _has_kernels(runner: Runner) -> bool:

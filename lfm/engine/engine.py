@@ -6,6 +6,8 @@
              runner.read()         ->  the answer of the step before this one
              scheduler.update()    ->  token events
 
+With grammars in the step, the last two come before `runner.sample`, and the masks of `lfm.engine.grammars` after them.
+
 Its only callers are the engine process and `lfm.LLM`. Features go beside this file, not into it.
 """
 
@@ -15,15 +17,18 @@ from collections import OrderedDict, deque
 
 import msgspec
 
+from lfm.engine.grammars import Failure, Grammars
 from lfm.engine.runner import Launched, Runner
 from lfm.engine.scheduler import Scheduler
 from lfm.engine.stats import Rates
+from lfm.engine.step import ScheduledBatch
 from lfm.engine.validate import validate
 from lfm.errors import OverloadedError, RequestError
 from lfm.protocol import EngineInfo, EngineRequest, EngineStats, TokenEvent
 
 MAX_EARLY_ABORTS = 4096  # aborts remembered that came before their add
 MAX_HOST_TIMES = 65_536
+COMPILE_WAIT_S = 0.001  # so long at a time an engine waits that has nothing but grammars to wait for
 
 
 class Engine:
@@ -34,11 +39,20 @@ class Engine:
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, info: EngineInfo, *, num_ids: int, overlap: bool, seed: int = 0
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        grammars: Grammars,
+        info: EngineInfo,
+        *,
+        num_ids: int,
+        overlap: bool,
+        seed: int = 0,
     ) -> None:
         self.info = info
         self.scheduler = scheduler
         self.runner = runner
+        self.grammars = grammars
         self.host_ms: deque[float] = deque(maxlen=MAX_HOST_TIMES)  # schedule, build, launch and update of each step
         self._num_ids = num_ids
         self._num_in_flight_kept = 1 if overlap else 0
@@ -48,6 +62,7 @@ class Engine:
         self._seeds = random.Random(seed)
         self._rates = Rates()
         self._num_steps = 0
+        self._waited_s = 0.0  # for the device, in this step
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises RequestError if it is wrong and OverloadedError if the queue is full."""
@@ -58,6 +73,8 @@ class Engine:
             max_model_len=self.info.max_model_len,
             num_cache_tokens=self.info.num_blocks * self.info.block_size,
         )
+        if request.grammar is not None:
+            self.grammars.check()
         if self.scheduler.knows(request.request_id):
             raise RequestError(f"request_id={request.request_id!r} is in use. Give every request its own.")
         if request.request_id in self._early_aborts:
@@ -74,7 +91,9 @@ class Engine:
         if request.sampling.seed is None:
             sampling = msgspec.structs.replace(request.sampling, seed=self._seeds.getrandbits(63))
             request = msgspec.structs.replace(request, sampling=sampling)
-        self.scheduler.add(request)
+        sequence = self.scheduler.add(request)
+        if request.grammar is not None:
+            self.grammars.compile(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request early; its terminal event comes from the next step. Idempotent; may precede the add."""
@@ -83,6 +102,7 @@ class Engine:
             if len(self._early_aborts) > MAX_EARLY_ABORTS:
                 self._early_aborts.popitem(last=False)
             return
+        self.grammars.forget(request_id)
         event = self.scheduler.abort(request_id)
         if event is not None:
             self._pending_events.append(event)
@@ -94,25 +114,54 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """One round: launch the next step, read what is due, return the events that it caused."""
         events, self._pending_events = self._pending_events, []
-        started_s = time.perf_counter()
+        started_s, self._waited_s = time.perf_counter(), 0.0
+        if self.grammars.is_compiling:
+            events += self._fail(self.grammars.take_compiled())
         batch = self.scheduler.schedule()
         if batch is not None:
-            self._in_flight.append(self.runner.sample(self.runner.forward(batch)))
+            events += self._launch(batch)
             self._num_steps += 1
-        host_s = time.perf_counter() - started_s
-        keep = self._num_in_flight_kept if batch is not None else 0
-        while len(self._in_flight) > keep:
-            launched = self._in_flight.popleft()
-            result = self.runner.read(launched)
-            started_s = time.perf_counter()
-            events += self.scheduler.update(launched.batch, result)
-            host_s += time.perf_counter() - started_s
-            self._rates.record(launched.batch)
-        self.host_ms.append(host_s * 1e3)
+        elif self.grammars.is_compiling and not self._in_flight and not events:
+            self.grammars.wait(COMPILE_WAIT_S)
+            self._waited_s = time.perf_counter() - started_s
+        events += self._read(keep=self._num_in_flight_kept if batch is not None else 0)
+        self.host_ms.append((time.perf_counter() - started_s - self._waited_s) * 1e3)
         self.runner.between_steps()
         if not self.has_work():
             self.scheduler.check()
         return events
+
+    def _launch(self, batch: ScheduledBatch) -> list[TokenEvent]:
+        """Launch a step. What grammars allow depends on the ids before: they are read while the forward runs."""
+        if not self.grammars.hold(batch):
+            self._in_flight.append(self.runner.sample(self.runner.forward(batch)))
+            return []
+        is_known = not self._in_flight
+        if is_known:
+            self.grammars.start(batch)
+        forwarded = self.runner.forward(batch)
+        events = self._read(keep=0)
+        if not is_known:
+            self.grammars.start(batch)
+        events += self._fail(self.grammars.finish())
+        self._in_flight.append(self.runner.sample(forwarded))
+        return events
+
+    def _read(self, *, keep: int) -> list[TokenEvent]:
+        """Read launched steps but for the last few, and settle them."""
+        events: list[TokenEvent] = []
+        while len(self._in_flight) > keep:
+            launched = self._in_flight.popleft()
+            started_s = time.perf_counter()
+            result = self.runner.read(launched)
+            self._waited_s += time.perf_counter() - started_s
+            events += self.scheduler.update(launched.batch, result)
+            self._rates.record(launched.batch)
+        return events
+
+    def _fail(self, failures: list[Failure]) -> list[TokenEvent]:
+        ended = [self.scheduler.fail(sequence.id, error) for sequence, error in failures]
+        return [event for event in ended if event is not None]
 
     def stats(self) -> EngineStats:
         """A snapshot of counters and sizes."""

@@ -8,11 +8,11 @@ and a matcher in error allows the stop tokens alone: its request must end with a
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from lfm.chat.tokenizer import Tokenizer
@@ -28,6 +28,7 @@ Masks = NDArray[np.int32]
 MAX_COMPILED_BYTES = 256 * 1024**2
 BASE_BYTES = 64 * 1024
 BYTES_PER_CHAR = 24
+BITS = (1 << np.arange(32, dtype=np.uint32)).view(np.int32)
 HELPER_STACK_BYTES = 32 * 1024**2
 
 
@@ -66,6 +67,7 @@ class GrammarMatcher:
         needs_mask: whether the next token is constrained. False until the grammar's trigger token was accepted.
         is_finished: whether only stop tokens are left.
         error: what went wrong in the library, or None. Then only stop tokens are allowed, and nothing is accepted.
+        stop_ids: what a finished grammar allows.
     """
 
     def __init__(self, matcher: LLMatcher, *, trigger_id: int | None, stop_ids: Sequence[int]) -> None:
@@ -73,6 +75,7 @@ class GrammarMatcher:
         self._matcher = matcher
         self._trigger_id = trigger_id
         self._stop_ids = tuple(stop_ids)
+        self.stop_ids = frozenset(stop_ids)
         self.needs_mask = trigger_id is None
 
     @property
@@ -90,7 +93,7 @@ class GrammarMatcher:
         if self.error is not None:
             row[:] = 0
             for token_id in self._stop_ids:
-                row[token_id // 32] |= np.array(1 << (token_id % 32), dtype=np.uint32).astype(np.int32)
+                row[token_id // 32] |= BITS[token_id % 32]
 
     def accept(self, token_id: int) -> bool:
         """Go on with the token that was sampled. False: the grammar does not allow it, or is in error."""
@@ -124,12 +127,16 @@ class GrammarMatcher:
 
 
 class GrammarCache:
-    """Compiled grammars by their text, those used last, up to `max_bytes` by estimate. Any thread may use it."""
+    """Compiled grammars by their text, those used last, up to `max_bytes` by estimate. Any thread may use it.
 
-    def __init__(self, table: TokenTable, *, max_bytes: int = MAX_COMPILED_BYTES) -> None:
+    `make_table` is called for the first grammar, by the thread that asks for it; so is the table compiled, in 0.2 s.
+    """
+
+    def __init__(self, make_table: Callable[[], TokenTable], *, max_bytes: int = MAX_COMPILED_BYTES) -> None:
         self._thread = helper_thread("grammar-compiler")
-        self._tokenizer = table.compiled()
-        self._stop_ids = self._tokenizer.eos_tokens
+        self._make_table = make_table
+        self._table_lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
@@ -154,12 +161,19 @@ class GrammarCache:
             if compiled is not None:
                 self._compiled.move_to_end(spec.text)
                 compiled = compiled.deep_copy()
+        tokenizer = self._compiled_table()
         if compiled is None:
-            compiled = self._compile(spec.text)
-        return GrammarMatcher(compiled, trigger_id=spec.trigger_id, stop_ids=self._stop_ids)
+            compiled = self._compile(tokenizer, spec.text)
+        return GrammarMatcher(compiled, trigger_id=spec.trigger_id, stop_ids=tokenizer.eos_tokens)
 
-    def _compile(self, text: str) -> LLMatcher:
-        matcher = compile_grammar(self._tokenizer, text)
+    def _compiled_table(self) -> LLTokenizer:
+        with self._table_lock:
+            if self._tokenizer is None:
+                self._tokenizer = self._make_table().compiled()
+            return self._tokenizer
+
+    def _compile(self, tokenizer: LLTokenizer, text: str) -> LLMatcher:
+        matcher = compile_grammar(tokenizer, text)
         error = readable_error(matcher)
         if error is not None:
             raise RequestError(f"The grammar cannot be used: {error}.", param="response_format", code="invalid_grammar")
@@ -193,10 +207,15 @@ class MaskFiller:
         self._job = _Job([])
         self._future: Future[None] | None = None
 
+    def fill_one(self, row: int, token_id: int) -> None:
+        """Write a mask of one id, here and now."""
+        self.masks[row] = 0
+        self.masks[row, token_id >> 5] = BITS[token_id & 31]
+
     def start(self, rows: Sequence[tuple[int, GrammarMatcher]]) -> None:
         """Begin to fill these rows of `masks`. The step before must have been waited for."""
         self._job = _Job(rows)
-        self._future = self._thread.submit(self._fill, self._job)
+        self._future = self._thread.submit(self._fill, self._job) if rows else None
 
     def wait(self, timeout_s: float) -> list[int]:
         """Wait for the rows, at most so long. Returns those that are late: their requests must fail, never run free."""
@@ -210,6 +229,15 @@ class MaskFiller:
             return [row for row, _ in job.rows[job.num_done :]]
         future.result()
         return []
+
+    def rest(self, *, after: int) -> list[tuple[int, GrammarMatcher]]:
+        """What was to be filled after this row."""
+        rows = [row for row, _ in self._job.rows]
+        return self._job.rows[rows.index(after) + 1 :]
+
+    def abandon(self) -> None:
+        """Never wait for the helper thread again: it hangs. Nothing may be started here any more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         """End the helper thread when it has done what it was given."""

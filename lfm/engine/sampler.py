@@ -5,6 +5,7 @@
     logit_bias             added
     repetition penalty     over all ids of the sequence
     presence, frequency    over its output ids
+    masks                  all ids masked but those that a row's grammar allows, and those that it bans
     min_tokens             stop ids masked while the output is shorter, unless nothing else is left
     temperature, top_k, top_p, min_p, draw     see lfm.kernels.draw_token
 
@@ -83,6 +84,7 @@ def sample(
             ok_R=ok_R,
             repetition=flags.repetition,
             narrow_k=flags.narrow_k,
+            mask=flags.mask,
         )
     else:
         ids_R = _sample_plain(rows, logits_RV, row_R, position_R, flags, ok_R)
@@ -137,7 +139,7 @@ def _sample_pass(rows: SamplingRows, logits_RV: Tensor, row_R: Tensor, position_
 def _adjust(
     rows: SamplingRows, x_RV: Tensor, row_R: Tensor, position_R: Tensor, params: RowParams, flags: SampleFlags
 ) -> Tensor:
-    """Biases, penalties and the mask of min_tokens, in this order."""
+    """Biases, penalties, the row's mask and the mask of min_tokens, in this order."""
     dtype = x_RV.dtype
     if flags.bias:
         x_RV = rows.bias.add_to(x_RV, row_R)
@@ -147,6 +149,9 @@ def _adjust(
     if flags.counts and rows.counts_RV is not None:
         penalties = params.presence_penalty.to(dtype), params.frequency_penalty.to(dtype)
         x_RV = count_penalties(x_RV, rows.counts_RV[row_R], *penalties)
+    if flags.mask and rows.masks_RW is not None:
+        allowed_RV = unpack_bits(rows.masks_RW[row_R].view(torch.uint8), rows.bit_table, rows.vocab_size)
+        x_RV = x_RV.masked_fill(allowed_RV == 0, -torch.inf)
     if flags.min_tokens:
         masked_RV = rows.stops.add_to(x_RV, row_R, position_R[:, None] < params.min_position)
         x_RV = torch.where(masked_RV.amax(dim=1, keepdim=True) == -torch.inf, x_RV, masked_RV)

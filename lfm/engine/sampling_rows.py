@@ -9,6 +9,7 @@ The last row is scratch: padding rows of a batch name it, and rows without a sam
 R rows with scratch, V vocabulary, B bytes of the bitmap.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lfm.engine.grammar_masks import num_mask_words
 from lfm.kernels.draw_token import MAX_NARROW_K
 from lfm.kernels.penalties import bits_of_bytes, pack_bits
 from lfm.kernels.sample_rows import SampledRows
@@ -40,6 +42,7 @@ class SampleFlags(NamedTuple):
     narrow_k: int = 0  # candidates of the rows with 0 < top_k <= MAX_NARROW_K
     wide: bool = False
     wide_prefix: bool = False
+    mask: bool = False  # some row may only sample the ids of its mask
     num_logprobs: int = -1  # top alternatives besides the sampled id; -1: no row asks for logprobs
 
     def __or__(self, other: "SampleFlags") -> "SampleFlags":
@@ -51,6 +54,7 @@ class SampleFlags(NamedTuple):
             narrow_k=max(self.narrow_k, other.narrow_k),
             wide=self.wide or other.wide,
             wide_prefix=self.wide_prefix or other.wide_prefix,
+            mask=self.mask or other.mask,
             num_logprobs=max(self.num_logprobs, other.num_logprobs),
         )
 
@@ -98,6 +102,7 @@ def flags_of(params: SamplingParams) -> SampleFlags:
         narrow_k=next(k for k in NARROW_BUCKETS if params.top_k <= k) if is_random and is_narrow else 0,
         wide=is_wide,
         wide_prefix=is_wide and (params.top_p < 1 or params.top_k > 0),
+        mask=bool(params.banned_ids),
         num_logprobs=-1 if params.logprobs is None else params.logprobs,
     )
 
@@ -122,6 +127,7 @@ class SamplingRows:
 
     `num_ids`: ids from here to `vocab_size` have no text and are masked. Buffers keep their addresses, but for the
     pools of counts, biases and stop ids: these come with the first row that needs them and may grow with a later one.
+    Masks come with the first row that needs one, and stay where they are then.
     """
 
     def __init__(self, num_rows: int, vocab_size: int, *, num_ids: int, device: torch.device) -> None:
@@ -138,6 +144,8 @@ class SamplingRows:
         self.seen_RB = torch.zeros((size, (vocab_size + 7) // 8), dtype=torch.uint8, device=device)
         self.bit_table = bits_of_bytes(device)
         self.counts_RV: Tensor | None = None  # int16
+        self.masks_RW: Tensor | None = None  # int32: bit i % 32 of word i // 32 is set if id i may be sampled
+        self._masked: set[int] = set()  # rows whose mask is not all ones
         self.bias = IdLists(size, device)
         self.stops = IdLists(size, device)
         neutral = torch.tensor(_float_params(SamplingParams(max_tokens=1, temperature=0.0)), dtype=torch.float64)
@@ -148,14 +156,15 @@ class SamplingRows:
     @property
     def tables(self) -> SampledRows:
         """What the fused sampler reads and marks; none of it ever moves."""
-        return SampledRows(self._floats, self._ints, self.seen_RB, self.last_ids_R, self.positions_R)
+        return SampledRows(self._floats, self._ints, self.seen_RB, self.masks_RW, self.last_ids_R, self.positions_R)
 
     def flags(self, rows: Iterable[int]) -> SampleFlags:
         """What a batch of these rows needs of the sampler."""
+        rows = list(rows)
         merged = SampleFlags()
         for flags in {self._flags[row] for row in rows}:
             merged |= flags
-        return merged
+        return merged if self._masked.isdisjoint(rows) else merged._replace(mask=True)
 
     def read(self, row_R: Tensor) -> RowParams:
         """The parameters of rows `row_R` (int64, on the device)."""
@@ -184,6 +193,7 @@ class SamplingRows:
         self.positions_R[rows] = self._upload(torch.tensor([len(start.ids) - 1 for start in starts]))
         self.seen_RB[rows] = self._upload(self._bitmaps(ids))
         self._start_counts(starts, ids)
+        self._start_masks(starts)
         self.bias.write(rows, [list(start.params.logit_bias.items()) for start in starts], self._upload)
         self.stops.write(rows, [self._stop_entries(start.params) for start in starts], self._upload)
         for start in starts:
@@ -194,7 +204,8 @@ class SamplingRows:
             raise ValueError(f"row={start.row} is out of range. Allowed: 0 to {self.num_rows - 1}.")
         if not 0 < start.num_prompt <= len(start.ids):
             raise ValueError(f"num_prompt={start.num_prompt} is out of range. Allowed: 1 to the {len(start.ids)} ids.")
-        for name, values in (("ids", ids), ("logit_bias", torch.tensor(list(start.params.logit_bias)))):
+        biased, banned = torch.tensor(list(start.params.logit_bias)), torch.tensor(start.params.banned_ids)
+        for name, values in (("ids", ids), ("logit_bias", biased), ("banned_ids", banned)):
             if len(values) and not (values.min() >= 0 and values.max() < self.vocab_size):
                 given = f"{int(values.min())} to {int(values.max())}"
                 raise ValueError(f"{name} holds ids from {given}. Allowed: 0 to {self.vocab_size - 1}.")
@@ -227,6 +238,43 @@ class SamplingRows:
         counts_UV = torch.stack(counts).clamp_(max=MAX_COUNT).to(torch.int16)
         rows = self._upload(torch.tensor([starts[i].row for i in users]))
         self.counts_RV[rows] = self._upload(counts_UV)
+
+    def _start_masks(self, starts: Sequence[RowStart]) -> None:
+        """Give rows that ban ids a mask without them, and others back the mask that allows all."""
+        users = [start for start in starts if start.params.banned_ids or start.row in self._masked]
+        if not users:
+            return
+        allowed = torch.ones((len(users), 32 * num_mask_words(self.vocab_size)), dtype=torch.bool)
+        for allowed_V, start in zip(allowed, users, strict=True):
+            allowed_V[list(start.params.banned_ids)] = False
+        self.write_masks([start.row for start in users], pack_bits(allowed).view(torch.int32))
+        self._masked -= {start.row for start in users if not start.params.banned_ids}
+
+    def write_masks(self, rows: Sequence[int], masks_KW: Tensor) -> None:
+        """Let these rows sample only the ids of these masks (int32, in host memory), until they get others or restart.
+
+        Never waits for the device: pinned masks may change again once a step that samples them was read.
+        """
+        if self.masks_RW is None:
+            shape = (self.num_rows + 1, masks_KW.shape[1])
+            self.masks_RW = torch.full(shape, -1, dtype=torch.int32, device=self.device)
+        self.masks_RW[self._upload(torch.tensor(rows))] = masks_KW.to(self.device, non_blocking=True)
+        self._masked.update(rows)
+
+    def mark(self, outputs: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Mark output ids that were not sampled as seen, and count them: pairs of a row and its ids."""
+        users = [(row, ids) for row, ids in outputs if self._flags[row].repetition or self._flags[row].counts]
+        if not users:
+            return
+        counts = Counter((row, token_id) for row, ids in users for token_id in ids)
+        bits: dict[tuple[int, int], int] = {}
+        for row, token_id in counts:
+            bits[row, token_id >> 3] = bits.get((row, token_id >> 3), 0) | 1 << (token_id & 7)
+        row_N, byte_N, bits_N = self._upload(torch.tensor([(*place, value) for place, value in bits.items()]).T)
+        self.seen_RB[row_N, byte_N] = self.seen_RB[row_N, byte_N] | bits_N.to(torch.uint8)
+        if self.counts_RV is not None:
+            row_N, id_N, new_N = self._upload(torch.tensor([(*place, num) for place, num in counts.items()]).T)
+            self.counts_RV[row_N, id_N] = (self.counts_RV[row_N, id_N] + new_N).clamp_(max=MAX_COUNT).to(torch.int16)
 
     def _upload(self, tensor: Tensor) -> Tensor:
         """Copy to the device without waiting: torch keeps the pinned memory until the copy is done."""

@@ -14,6 +14,7 @@ Who may change a sequence's blocks, and when (step N launched, not yet read):
 from bisect import insort
 
 from lfm.engine.cache import BlockHasher, BlockPool
+from lfm.engine.constraint import grammar_failed
 from lfm.engine.sequence import Sequence, Status
 from lfm.engine.step import Counters, ScheduledBatch, ScheduledRow, StepBudget, StepResult
 from lfm.errors import InternalError
@@ -73,18 +74,24 @@ class Scheduler:
     def knows(self, request_id: str) -> bool:
         return request_id in self._by_id or request_id in self._leaving
 
-    def add(self, request: EngineRequest) -> None:
+    def add(self, request: EngineRequest) -> Sequence:
         """Queue a request that `validate` has passed. Its prompt's full blocks are hashed here, once."""
         sequence = Sequence(request, arrival=self._num_arrivals, root_hash=self._hasher.root(request.tenant))
         self._num_arrivals += 1
         self._by_id[sequence.id] = sequence
         self._extend_hashes(sequence, len(sequence.ids) // self.block_size)
         insort(self._waiting, sequence, key=_key)
+        return sequence
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """End a sequence now; its blocks follow when no launched step names it. None if it is unknown or has ended."""
         sequence = self._by_id.get(request_id)
         return self._finish(sequence, "abort") if sequence else None
+
+    def fail(self, request_id: str, error: ErrorInfo) -> TokenEvent | None:
+        """End a sequence with an error; otherwise as `abort`."""
+        sequence = self._by_id.get(request_id)
+        return self._finish(sequence, "error", error=error) if sequence else None
 
     def fail_all(self, error: ErrorInfo) -> list[TokenEvent]:
         """End every sequence with the same error."""
@@ -144,8 +151,10 @@ class Scheduler:
         self._schedule_single_tokens(batch, budget)
         self._schedule_chunks(batch, budget)
         self._admit(batch, budget)
-        if budget.long is not None and budget.left + budget.reserve:
-            self._launch(batch, budget.long, min(budget.long.num_remaining, budget.left + budget.reserve))
+        if budget.long is not None and budget.long.status is Status.RUNNING and budget.left + budget.reserve:
+            size = self._grow(budget.long, min(budget.long.num_remaining, budget.left + budget.reserve), 0)
+            if size:
+                self._launch(batch, budget.long, size)
         return batch if batch.rows else None
 
     def _schedule_single_tokens(self, batch: ScheduledBatch, budget: StepBudget) -> None:
@@ -178,18 +187,34 @@ class Scheduler:
                 return False
         return True
 
+    def _grow(self, sequence: Sequence, size: int, num_stalled: int) -> int:
+        """How many of the next `size` positions have blocks, new ones included; preempts if there would be none."""
+        room = len(sequence.block_table) * self.block_size - sequence.num_computed
+        while room < size:
+            if not self.pool.num_available and (room or not self._make_room(sequence, num_stalled)):
+                break
+            sequence.block_table += self.pool.allocate(1)
+            room += self.block_size
+        return min(room, size)
+
     def _schedule_chunks(self, batch: ScheduledBatch, budget: StepBudget) -> None:
-        """Chunks of running prompts. The first one longer than a step is set aside, to get its chunk last."""
+        """Chunks of running prompts and of forced ids. The first one longer than a step is set aside, for the end."""
         long = next((s for s in self._running if s.num_remaining > budget.longest), None)
         if long is not None:
             budget.reserve_for(long)
-        for sequence in self._running:
-            if not budget.left:
-                break
-            if 1 < sequence.num_remaining <= budget.longest:
-                chunk = min(sequence.num_remaining, budget.left)
-                self._launch(batch, sequence, chunk)
-                budget.left -= chunk
+        num_stalled = index = 0
+        while index < len(self._running) and budget.left:
+            sequence = self._running[index]
+            index += 1
+            if not 1 < sequence.num_remaining <= budget.longest:
+                continue
+            chunk = self._grow(sequence, min(sequence.num_remaining, budget.left), num_stalled)
+            if not chunk:
+                num_stalled += 1
+                index -= sequence.status is not Status.RUNNING  # it preempted itself and left the list
+                continue
+            self._launch(batch, sequence, chunk)
+            budget.left -= chunk
 
     def _admit(self, batch: ScheduledBatch, budget: StepBudget) -> None:
         """Waiting sequences, until rows, budget or blocks run out. Never preempts."""
@@ -197,7 +222,7 @@ class Scheduler:
         while position < len(self._waiting) and budget.left and self._free_rows:
             sequence = self._waiting[position]
             position += 1
-            if self._still_waits_for_leader(sequence):
+            if sequence.is_held or self._still_waits_for_leader(sequence):
                 continue
             hits = self._find_hits(sequence)
             if self._begins_to_wait(sequence, len(hits)):
@@ -261,6 +286,7 @@ class Scheduler:
         sequence.num_indexed = len(hits)
         sequence.row = self._free_rows.pop()
         sequence.status = Status.RUNNING
+        sequence.unmarked.clear()  # the device row begins with all ids
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
             self.counters.prompt_tokens += sequence.num_prompt
@@ -287,19 +313,23 @@ class Scheduler:
         for index, row in enumerate(batch.rows):
             sequence = row.sequence
             sequence.num_in_flight -= 1
-            sequence.num_pending -= row.samples
+            is_dropped = row.samples and sequence.num_dropped > 0
+            sequence.num_dropped -= is_dropped
+            sequence.num_pending -= row.samples and not is_dropped
             if result.is_finite[index] and sequence.finish_reason != "error":
                 self._index_blocks(sequence, row.end)
             if sequence.status is not Status.FINISHED:
-                event = self._read_row(sequence, row, result, index)
+                event = self._read_row(sequence, row, result, index, is_dropped=is_dropped)
                 if event is not None:
                     events.append(event)
             if not sequence.num_in_flight and sequence.id in self._leaving:
                 self._settle(sequence)
         return events
 
-    def _read_row(self, sequence: Sequence, row: ScheduledRow, result: StepResult, index: int) -> TokenEvent | None:
-        """One live sequence's answer: prompt log-probabilities, its new id, its end."""
+    def _read_row(
+        self, sequence: Sequence, row: ScheduledRow, result: StepResult, index: int, *, is_dropped: bool
+    ) -> TokenEvent | None:
+        """One live sequence's answer: prompt log-probabilities, its new id and those forced after it, its end."""
         token_id = result.token_ids[index]
         if not result.is_finite[index] or (row.samples and token_id < 0):
             self.counters.corrupted_requests += 1
@@ -307,17 +337,19 @@ class Scheduler:
         if index in result.prompt_logprobs:
             known = len(sequence.prompt_logprobs)  # a preempted sequence computes some positions again
             sequence.prompt_logprobs += result.prompt_logprobs[index][max(0, known - row.start - 1) :]
-        if not row.samples:
+        if not row.samples or is_dropped:
             return None
-        sequence.ids.append(token_id)
-        self.counters.generated_tokens += 1
+        new = tuple(sequence.accept(token_id))
+        if sequence.constraint is not None and sequence.constraint.error is not None:
+            return self._finish(sequence, "error", error=grammar_failed(sequence.constraint.error))
+        self.counters.generated_tokens += len(new)
         logprob = result.logprobs[index] if result.logprobs else None
         logprobs = (logprob,) if logprob is not None else ()
-        if token_id in sequence.stop_ids:
-            return self._finish(sequence, "stop", token_ids=(token_id,), logprobs=logprobs)
+        if new[-1] in sequence.stop_ids:
+            return self._finish(sequence, "stop", token_ids=new, logprobs=logprobs)
         if len(sequence.ids) >= sequence.max_num_tokens:
-            return self._finish(sequence, "length", token_ids=(token_id,), logprobs=logprobs)
-        return self._event(sequence, (token_id,), logprobs)
+            return self._finish(sequence, "length", token_ids=new, logprobs=logprobs)
+        return self._event(sequence, new, logprobs)
 
     def _event(
         self,

@@ -2,12 +2,13 @@
 
 num_computed   positions whose K, V and tails are in the cache or in a launched step
 len(ids)       tokens whose ids the host knows: prompt, and outputs read back
-num_pending    ids sampled by launched steps that the host has not read yet
+num_pending    ids sampled by launched steps that the host has not read yet, and will not know before it reads them
 num_tokens     len(ids) + num_pending: how far num_computed has to catch up
 """
 
 from enum import Enum
 
+from lfm.engine.constraint import Constraint
 from lfm.protocol import EngineRequest, FinishReason, TokenLogprob
 
 
@@ -28,12 +29,15 @@ class Sequence:
         "awaited_hash",
         "block_hashes",
         "block_table",
+        "constraint",
         "finish_reason",
         "ids",
+        "is_held",
         "leader_waits",
         "max_num_tokens",
         "num_cached",
         "num_computed",
+        "num_dropped",
         "num_in_flight",
         "num_indexed",
         "num_pending",
@@ -44,6 +48,7 @@ class Sequence:
         "row",
         "status",
         "stop_ids",
+        "unmarked",
     )
 
     def __init__(self, request: EngineRequest, *, arrival: int, root_hash: bytes) -> None:
@@ -57,6 +62,10 @@ class Sequence:
         self.status = Status.WAITING
         self.num_computed = 0
         self.num_pending = 0
+        self.num_dropped = 0  # samples in flight whose ids the host knew before they were drawn
+        self.is_held = False  # not to be admitted yet: its grammar is being compiled
+        self.constraint: Constraint | None = None
+        self.unmarked: list[int] = []  # output ids that were not sampled and that the device row has not seen
         self.num_in_flight = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
@@ -93,6 +102,26 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         return self.num_computed >= self.num_prompt
+
+    def accept(self, token_id: int) -> list[int]:
+        """Take an id that was sampled, and those that the grammar forces after it, up to the end. Returns all of them.
+
+        If a launched step is about to sample the first of those, that sample is dropped when it is read.
+        """
+        new = [token_id]
+        if self.constraint is not None and token_id not in self.stop_ids:
+            new += self.constraint.advance(token_id)
+            new = new[: self.max_num_tokens - len(self.ids)]
+            end = next((index for index, one in enumerate(new) if one in self.stop_ids), len(new))
+            del new[end + 1 :]
+            forced = new[1:]
+            if forced and self.num_pending:
+                self.num_pending -= 1
+                self.num_dropped += 1
+                del forced[0]  # the sampler marks it
+            self.unmarked += forced
+        self.ids += new
+        return new
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -1,7 +1,7 @@
 """From logits to marked ids in one launch (all rows greedy) or two: the sampler of most batches, fused.
 
     x      the logits, ids from the row's num_ids on masked, those seen divided by (or, if negative, multiplied with)
-           the repetition penalty
+           the repetition penalty, ids that the row's mask lacks masked
     draw   as `lfm.kernels.draw_token` draws narrow rows with top_k <= MAX_TOP_K, and greedy rows
     mark   last id, its position, and the bit in the bitmap of seen ids, as `lfm.engine.sampler` does
 
@@ -10,8 +10,8 @@ divisions that round as IEEE says, and no fused multiply-add. NaN counts as +inf
 
 Two launches: the largest x of every group of neighbours, by many programs; then one program per row takes the
 MAX_TOP_K best groups, which hold the MAX_TOP_K best ids, and orders their members by (x, lower id). Keys of such an
-order are int64: the bits of x made monotonic, then the complement of the id. Bytes: 2 V + V / 8 a row, once.
-Legend: R rows, V vocabulary, C groups of J neighbours, W words of 32 bits of the bitmap.
+order are int64: the bits of x made monotonic, then the complement of the id. Bytes: 2 V + V / 8 a row, once, and as
+much as the bitmap for the mask. Legend: R rows, V vocabulary, C groups of J neighbours, W words of 32 bits of a bitmap.
 """
 
 from typing import NamedTuple
@@ -42,15 +42,16 @@ class SampledRows(NamedTuple):
     floats: Tensor  # float64: temperature, top_p, min_p, repetition penalty, presence, frequency
     ints: Tensor  # int64: seed, top_k, min_position, num_ids
     seen: Tensor  # uint8 bitmap, V / 8 bytes a row
+    masks: Tensor | None  # int32 bitmap of the ids that may be drawn, the same order of bits
     last_ids: Tensor  # int64
     positions: Tensor  # int64
 
 
 @triton.jit
-def _adjusted(logits, words, seen, num_ids, penalty, V, REPETITION: tl.constexpr):
-    """x [N, 32] of the ids that the words [N] of the row's bitmap stand for, and those ids; -inf where none is drawn.
+def _adjusted(logits, words, seen, masks, num_ids, penalty, V, REPETITION: tl.constexpr, MASK: tl.constexpr):
+    """x [N, 32] of the ids that the words [N] of the row's bitmaps stand for, and those ids; -inf where none is drawn.
 
-    The row's logits and bitmap begin at the two pointers.
+    The row's logits and bitmaps begin at the pointers.
     """
     bit = tl.arange(0, 32)[None, :]
     ids = words[:, None] * 32 + bit
@@ -62,6 +63,9 @@ def _adjusted(logits, words, seen, num_ids, penalty, V, REPETITION: tl.constexpr
         # Whatever is not positive would take the slow path of the division, for nothing.
         x = tl.where(x > 0, tl.div_rn(tl.where(x > 0, x, 1.0), factor), x * factor)
     x = tl.where(x != x, float("inf"), x)
+    if MASK:
+        is_allowed = (tl.load(masks + words, mask=words * 32 < V, other=0)[:, None] >> bit) & 1
+        x = tl.where(is_allowed != 0, x, float("-inf"))
     return tl.where(x == 0, 0.0, x), ids  # one zero
 
 
@@ -95,8 +99,8 @@ def _finish(row, position, token, is_drawn, seen, last_ids, positions, ids_R, r,
 
 @triton.jit
 def _greedy_kernel(
-    logits_RV, row_R, position_R, ok_R, floats, ints, seen, last_ids, positions, ids_R,
-    V, W, IDS: tl.constexpr, REPETITION: tl.constexpr, HAS_OK: tl.constexpr,
+    logits_RV, row_R, position_R, ok_R, floats, ints, seen, masks, last_ids, positions, ids_R,
+    V, W, IDS: tl.constexpr, REPETITION: tl.constexpr, MASK: tl.constexpr, HAS_OK: tl.constexpr,
 ):  # fmt: skip
     """Program r: the lowest id with the largest x of row r."""
     r = tl.program_id(0).to(tl.int64)
@@ -107,7 +111,9 @@ def _greedy_kernel(
     best_ids = tl.zeros([IDS // 32, 32], tl.int32)
     for first in range(0, V, IDS):
         words = first // 32 + tl.arange(0, IDS // 32)
-        x, ids = _adjusted(logits_RV + r * V, words, seen + row * W, num_ids, penalty, V, REPETITION)
+        x, ids = _adjusted(
+            logits_RV + r * V, words, seen + row * W, masks + row * W, num_ids, penalty, V, REPETITION, MASK
+        )
         best_ids = tl.where(x > best, ids, best_ids)
         best = tl.maximum(best, x)
     largest = tl.max(tl.max(best, 1), 0)
@@ -120,8 +126,8 @@ def _greedy_kernel(
 
 @triton.jit
 def _group_maxima_kernel(
-    logits_RV, row_R, floats, ints, seen, maxima_RC,
-    V, W, C: tl.constexpr, J: tl.constexpr, GROUPS: tl.constexpr, REPETITION: tl.constexpr,
+    logits_RV, row_R, floats, ints, seen, masks, maxima_RC,
+    V, W, C: tl.constexpr, J: tl.constexpr, GROUPS: tl.constexpr, REPETITION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Program (i, r): the largest x of GROUPS groups of J ids of row r."""
     r = tl.program_id(1).to(tl.int64)
@@ -129,15 +135,16 @@ def _group_maxima_kernel(
     penalty = tl.load(floats + row * 6 + 3).to(tl.float32)
     num_ids = tl.load(ints + row * 4 + 3)
     words = tl.program_id(0) * (GROUPS * J // 32) + tl.arange(0, GROUPS * J // 32)
-    x, _ = _adjusted(logits_RV + r * V, words, seen + row * W, num_ids, penalty, V, REPETITION)
+    x, _ = _adjusted(logits_RV + r * V, words, seen + row * W, masks + row * W, num_ids, penalty, V, REPETITION, MASK)
     groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     tl.store(maxima_RC + r * C + groups, tl.max(tl.reshape(x, [GROUPS, J]), 1), mask=groups < C)
 
 
 @triton.jit
 def _draw_kernel(
-    logits_RV, row_R, position_R, ok_R, floats, ints, seen, last_ids, positions, ids_R, maxima_RC,
-    V, W, C: tl.constexpr, J: tl.constexpr, TOP: tl.constexpr, REPETITION: tl.constexpr, HAS_OK: tl.constexpr,
+    logits_RV, row_R, position_R, ok_R, floats, ints, seen, masks, last_ids, positions, ids_R, maxima_RC,
+    V, W, C: tl.constexpr, J: tl.constexpr, TOP: tl.constexpr, REPETITION: tl.constexpr, MASK: tl.constexpr,
+    HAS_OK: tl.constexpr,
 ):  # fmt: skip
     """Program r: draw from the TOP best ids of row r, found in its TOP best groups."""
     r = tl.program_id(0).to(tl.int64)
@@ -155,7 +162,9 @@ def _draw_kernel(
     best = tl.topk(_descending_key(tl.load(maxima_RC + r * C + all_groups), all_groups), TOP)
     groups = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
     words = tl.reshape(groups[:, None] * (J // 32) + tl.arange(0, J // 32)[None, :], [TOP * J // 32])
-    x, members = _adjusted(logits_RV + r * V, words, seen + row * W, num_ids, penalty, V, REPETITION)
+    x, members = _adjusted(
+        logits_RV + r * V, words, seen + row * W, masks + row * W, num_ids, penalty, V, REPETITION, MASK
+    )
     best = tl.topk(tl.reshape(_descending_key(x, members), [TOP * J]), TOP)
     ids = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
     ordered = (best >> 32).to(tl.int32)
@@ -198,6 +207,7 @@ def sample_rows(
     ok_R: Tensor | None,
     repetition: bool,
     narrow_k: int,
+    mask: bool = False,
 ) -> Tensor:
     """Ids [R] int64, marked in `rows`; -1 for rows that are not ok or whose logits hold NaN, +inf or only -inf.
 
@@ -212,11 +222,12 @@ def sample_rows(
         return ids_R
     seen = rows.seen.view(torch.int32)
     words = seen.shape[1]
-    tables = (rows.floats, rows.ints, seen)
+    mask = mask and rows.masks is not None
+    tables = (rows.floats, rows.ints, seen, rows.masks if mask else seen)
     common = (logits_RV, row_R, position_R, row_R if ok_R is None else ok_R, *tables, rows.last_ids, rows.positions)
     if narrow_k == 0:
         _greedy_kernel[(num_rows,)](
-            *common, ids_R, vocab, words, IDS=GREEDY_IDS, REPETITION=repetition,
+            *common, ids_R, vocab, words, IDS=GREEDY_IDS, REPETITION=repetition, MASK=mask,
             HAS_OK=ok_R is not None, num_warps=32, enable_fp_fusion=False,
         )  # fmt: skip
         return ids_R
@@ -225,11 +236,11 @@ def sample_rows(
     maxima_RC = torch.empty(num_rows, num_groups, dtype=torch.float32, device=logits_RV.device)
     _group_maxima_kernel[(triton.cdiv(num_groups * group, IDS_PER_PROGRAM), num_rows)](
         logits_RV, row_R, *tables, maxima_RC, vocab, words,
-        C=num_groups, J=group, GROUPS=IDS_PER_PROGRAM // group, REPETITION=repetition, num_warps=4,
+        C=num_groups, J=group, GROUPS=IDS_PER_PROGRAM // group, REPETITION=repetition, MASK=mask, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
     _draw_kernel[(num_rows,)](
-        *common, ids_R, maxima_RC, vocab, words, C=num_groups, J=group, TOP=MAX_TOP_K, REPETITION=repetition,
+        *common, ids_R, maxima_RC, vocab, words, C=num_groups, J=group, TOP=MAX_TOP_K, REPETITION=repetition, MASK=mask,
         HAS_OK=ok_R is not None, num_warps=16 if num_rows <= FEW_ROWS else 8, enable_fp_fusion=False,
     )  # fmt: skip
     return ids_R

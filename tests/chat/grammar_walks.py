@@ -26,7 +26,7 @@ def tokenizer() -> Tokenizer:
 
 @cache
 def grammars() -> GrammarCache:
-    return GrammarCache(token_table(tokenizer(), vocab_size=tokenizer().num_ids), max_bytes=1)
+    return GrammarCache(lambda: token_table(tokenizer(), vocab_size=tokenizer().num_ids), max_bytes=1)
 
 
 def allowed_ids(matcher: GrammarMatcher) -> list[int]:

@@ -31,7 +31,7 @@ def table(tokenizer: Tokenizer) -> TokenTable:
 
 @pytest.fixture(scope="module")
 def cache(table: TokenTable) -> Iterator[GrammarCache]:
-    made = GrammarCache(table)
+    made = GrammarCache(lambda: table)
     yield made
     made.close()
 
@@ -129,7 +129,7 @@ def test_matchers_of_one_grammar_do_not_share_their_place(cache: GrammarCache, t
 
 
 def test_the_cache_is_bounded_by_bytes(table: TokenTable) -> None:
-    cache = GrammarCache(table, max_bytes=10 * 70_000)
+    cache = GrammarCache(lambda: table, max_bytes=10 * 70_000)
     for index in range(40):
         cache.matcher(GrammarSpec(text=f'start: "{index}"'))
         assert cache.num_bytes <= 10 * 70_000

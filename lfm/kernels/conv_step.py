@@ -19,7 +19,6 @@ from lfm.kernels.stream_gemm import (
     load_ahead,
     select,
     stream_dot,
-    token_slots,
 )
 from lfm.kernels.triton_guard import has_dependent_launch, tl, triton
 from lfm.kernels.tuned import StreamTile
@@ -164,11 +163,10 @@ def stream_conv_in(
         D=hidden,
         WINDOW=window,
         COLUMNS=_columns(window),
-        TOKENS=token_slots(num_tokens),
         HAS_SCALE=in_proj.scale is not None,
         HAS_BIAS=in_proj.bias is not None,
         HAS_CONV_BIAS=conv.bias is not None,
-        **launch_options(tile, in_proj.weight),
+        **launch_options(tile, in_proj.weight, groups=3, num_tokens=num_tokens),
     )
     return y_TD
 

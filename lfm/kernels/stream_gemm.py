@@ -184,37 +184,41 @@ def token_slots(num_tokens: int) -> int:
     return max(8, 1 << (num_tokens - 1).bit_length())
 
 
-def lane_values(weight_NK: Tensor) -> int:
-    """Values of a weight that a lane loads at a time: 16 bytes of bf16 or fp8; 8 of anything wider."""
-    return 16 if weight_NK.dtype == FP8 else 8
+def lane_values(weight_NK: Tensor, tile: StreamTile, *, groups: int, slots: int) -> int:
+    """Values of a weight that a lane loads at a time. 16 of fp8 only if the tiles of weights and x have one shape:
+    Triton lays loads out alike only then, and a tile whose values move between lanes costs more than it gains."""
+    is_alike = tile.rows * (4 if groups == 3 else groups) == slots
+    return 16 if weight_NK.dtype == FP8 and is_alike and tile.runs % 2 == 0 else 8
 
 
 def find_tile(what: str, x: Tensor, weight_NK: Tensor) -> StreamTile | None:
     """The tile for x W^T if the kernels of this file take these tensors and are the fastest choice."""
-    num_inputs, vec = weight_NK.shape[1], lane_values(weight_NK)
+    num_inputs, aligned = weight_NK.shape[1], 16 if weight_NK.dtype == FP8 else 8
     takes = runs_triton(x) and weight_NK.dtype in (x.dtype, FP8) and x.stride(-1) == weight_NK.stride(-1) == 1
-    if not takes or num_inputs % vec or weight_NK.stride(0) % vec or x.shape[0] == 0:
+    if not takes or num_inputs % aligned or weight_NK.stride(0) % aligned or x.shape[0] == 0:
         return None
     name = "down" if what == "project_add" and num_inputs > MANY_INPUTS else what
     tiles = tuned_for(x.device).stream["fp8" if weight_NK.dtype == FP8 else "bf16"]
     tile = tiles.get((name, token_slots(x.shape[0])))
     if tile is None:
         return None
-    return tile._replace(runs=min(tile.runs, -(-triton.next_power_of_2(num_inputs) // (4 * vec * tile.warps))))
+    return tile._replace(runs=min(tile.runs, -(-triton.next_power_of_2(num_inputs) // (32 * tile.warps))))
 
 
-def launch_options(tile: StreamTile, weight_NK: Tensor) -> dict[str, int | bool]:
+def launch_options(tile: StreamTile, weight_NK: Tensor, *, groups: int, num_tokens: int) -> dict[str, int | bool]:
     """How a streaming kernel is compiled and launched with a tile."""
-    device = weight_NK.device
+    device, slots = weight_NK.device, token_slots(num_tokens)
+    vec = lane_values(weight_NK, tile, groups=groups, slots=slots)
     options: dict[str, int | bool] = {"num_warps": tile.warps, "num_stages": 1}
     is_dependent = has_dependent_launch(device)
     if device.type == "cuda":
         options |= {"maxnreg": tile.registers, "launch_pdl": is_dependent}
     return {
         "WARPS": tile.warps,
-        "RUNS": tile.runs,
+        "TOKENS": slots,
+        "RUNS": tile.runs * 8 // vec,
         "ROWS": tile.rows,
-        "VEC": lane_values(weight_NK),
+        "VEC": vec,
         "AHEAD": tile.ahead,
         "DEPENDENT": is_dependent,
     } | options
@@ -242,12 +246,11 @@ def stream_project(
         0 if residual_TN is None else residual_TN.stride(0),
         norm.eps if norm else 0.0,
         K=num_inputs,
-        TOKENS=token_slots(num_tokens),
         HAS_NORM=norm is not None,
         HAS_SCALE=scale_N is not None,
         HAS_BIAS=bias_N is not None,
         HAS_RESIDUAL=residual_TN is not None,
-        **launch_options(tile, weight_NK),
+        **launch_options(tile, weight_NK, groups=1, num_tokens=num_tokens),
     )
     return y_TN
 
@@ -269,8 +272,7 @@ def stream_gate_up(x_TK: Tensor, norm: Norm, gate_up: Linear, tile: StreamTile) 
         gate_up_2IK.stride(0),
         norm.eps,
         K=num_inputs,
-        TOKENS=token_slots(num_tokens),
         HAS_SCALE=gate_up.scale is not None,
-        **launch_options(tile, gate_up_2IK),
+        **launch_options(tile, gate_up_2IK, groups=2, num_tokens=num_tokens),
     )
     return y_TI

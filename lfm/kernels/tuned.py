@@ -19,8 +19,7 @@ LARGE_CAPABILITIES = (9, 10)
 
 
 class StreamTile(NamedTuple):
-    """What a program of stream_gemm holds at a time: rows of W, by the warps that share K, by runs of 32 inputs (fp8:
-    64) per warp.
+    """What a program of stream_gemm holds at a time: rows of W, by the warps that share K, by runs of 32 inputs each.
 
     `ahead` such parts of W are loaded before the first is used. `registers` per thread decide how many programs share a
     multiprocessor; left alone, the assembler spends too few of them on loads in flight.

@@ -64,7 +64,8 @@ else:
         [
             (1, 128, 16, Tile(8, 2, 1, 1, 128)),  # sizes that the tile divides
             (9, 208, 40, Tile(16, 2, 1, 2, 128)),  # neither rows nor inputs
-            (3, 16, 5, Tile(8, 2, 1, 4, 128)),  # less than a run of inputs
+            (3, 16, 5, Tile(8, 2, 2, 4, 128)),  # less than a run of inputs; 16 values a lane
+            (9, 256, 16, Tile(16, 2, 4, 1, 128)),
         ],
     )
     def test_weights_in_fp8(tokens: int, inputs: int, outputs: int, tile: Tile, dtype: torch.dtype) -> None:

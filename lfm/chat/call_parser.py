@@ -80,8 +80,11 @@ class CallReader:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """The answer is over, perhaps in the middle of a block."""
-        return self.close() if self.is_open else self._release()
+        """The answer is over, perhaps in the middle of a block. What a grammar began there is the begin of a call."""
+        if not self.is_open:
+            return self._release()
+        pieces = self.close()
+        return [] if self._is_constrained else pieces
 
     def _outside(self, text: str) -> list[Piece]:
         self._held += text

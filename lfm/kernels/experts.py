@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from lfm.kernels.fp8 import quantise_rows
 from lfm.kernels.moe_grouped import experts_grouped
 from lfm.kernels.moe_prefill import MIN_TOKENS as MIN_PREFILL_TOKENS
 from lfm.kernels.moe_prefill import experts_prefill, has_prefill_kernels
+from lfm.kernels.moe_prefill_fp8 import experts_prefill_fp8
 from lfm.kernels.moe_small import MAX_TOKENS as MAX_SMALL_TOKENS
 from lfm.kernels.moe_small import experts_small
 from lfm.kernels.norm import widen
 from lfm.kernels.triton_guard import runs_triton
+from lfm.kernels.tuned import tuned_for
 from lfm.kernels.weights import ExpertScales, scaled
 
 
@@ -65,6 +68,28 @@ def experts_ref(
     return _combine(h_TD, torch.cat(outputs), order_P, weights_TA)
 
 
+def experts_fp8_ref(
+    h_TD: Tensor,
+    x_TD: Tensor,
+    chosen_TA: Tensor,
+    weights_TA: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    scales: ExpertScales,
+) -> Tensor:
+    """As `experts_ref` with both inputs of every product in fp8: what large steps compute with fp8 weights."""
+    x_TD = scaled(*quantise_rows(x_TD), x_TD.dtype)
+    out_TD = widen(h_TD).clone()
+    for expert in range(len(down_EDF)):
+        token_P, choice_P = (chosen_TA == expert).nonzero(as_tuple=True)
+        gate_up = scaled(gate_up_E2FD[expert], scales.gate_up[expert], torch.float32)
+        gate, up = linear(x_TD[token_P].float(), gate_up).chunk(2, dim=-1)
+        act_PF = (silu(gate) * up * weights_TA[token_P, choice_P, None]).to(x_TD.dtype)
+        down = scaled(down_EDF[expert], scales.down[expert], torch.float32)
+        out_TD.index_add_(0, token_P, linear(scaled(*quantise_rows(act_PF), torch.float32), down).to(out_TD.dtype))
+    return out_TD.to(h_TD.dtype)
+
+
 def has_grouped_mm(x: Tensor) -> bool:
     """Whether torch's grouped product runs on this tensor: bf16 on an NVIDIA GPU of capability 8.0 or later."""
     return x.is_cuda and x.dtype == torch.bfloat16
@@ -88,6 +113,9 @@ def experts(
     args = h_TD.contiguous(), x_TD.contiguous(), chosen_TA.contiguous(), weights_TA.contiguous(), gate_up_E2FD, down_EDF
     if num_tokens <= MAX_SMALL_TOKENS:
         return experts_small(*args, scales)
-    if scales is None and num_tokens >= MIN_PREFILL_TOKENS and has_prefill_kernels(x_TD.device):
-        return experts_prefill(*args)
+    if has_prefill_kernels(x_TD.device):
+        if scales is None and num_tokens >= MIN_PREFILL_TOKENS:
+            return experts_prefill(*args)
+        if scales is not None and num_tokens >= tuned_for(x_TD.device).prefill_tokens["fp8"]:
+            return experts_prefill_fp8(*args, scales)
     return experts_grouped(*args, scales)

@@ -118,7 +118,7 @@ def assemble_engine(
     if is_fast and ops.is_capturable and _has_kernels(runner):
         runner.enable_graphs()
     overlap = is_fast if overlap is None else overlap
-    grammars = Grammars(make_table, rows, min_chunk=MIN_CHUNK_OVERLAPPED if overlap else MIN_CHUNK)
+    grammars = Grammars(make_table, rows, scheduler, min_chunk=MIN_CHUNK_OVERLAPPED if overlap else MIN_CHUNK)
     return Engine(scheduler, runner, grammars, info, num_ids=num_ids, overlap=overlap, seed=plan.seed)
 
 

@@ -36,6 +36,19 @@ class Constraint:
         """The only id that may be sampled next, where that is known without a mask."""
         return self._forced[0] if self._forced else None
 
+    def begin(self, most: int) -> list[int]:
+        """The ids, at most so many, that the output begins with whatever the model says. To be called first.
+
+        A stop id is not among them: it has to be sampled, so that every sequence samples something.
+        """
+        forced = self._take_forced()
+        num_taken = 0
+        if len(forced) >= self._min_chunk:
+            end = next((i for i, one in enumerate(forced) if one in self.matcher.stop_ids), len(forced))
+            num_taken = min(most, end)
+        self._forced.extend(forced[num_taken:])
+        return forced[:num_taken]
+
     def advance(self, token_id: int) -> list[int]:
         """Go on with an id that was sampled. Returns the ids after it that are taken without being sampled."""
         if self._forced:
@@ -44,11 +57,17 @@ class Constraint:
             self.matcher.accept(token_id)
         if self._forced or self.error is not None:
             return []
-        forced = self.matcher.take_forced()
+        forced = self._take_forced()
         if len(forced) >= self._min_chunk:
             return forced
         self._forced.extend(forced)
         return []
+
+    def _take_forced(self) -> list[int]:
+        forced = self.matcher.take_forced()
+        if forced and forced[-1] not in self.matcher.stop_ids:
+            forced += self.matcher.take_forced()  # the end, if nothing else may follow
+        return forced
 
 
 def grammar_failed(cause: str) -> ErrorInfo:

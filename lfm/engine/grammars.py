@@ -18,6 +18,7 @@ from lfm.engine.constraint import NEVER, Constraint, grammar_failed
 from lfm.engine.grammar_library import TokenTable
 from lfm.engine.grammar_masks import BITS, GrammarCache, GrammarMatcher, MaskFiller, num_mask_words
 from lfm.engine.sampling_rows import SamplingRows
+from lfm.engine.scheduler import Scheduler
 from lfm.engine.sequence import Sequence, Status
 from lfm.engine.step import ScheduledBatch
 from lfm.engine.wire import to_error_info
@@ -51,8 +52,16 @@ class Grammars:
         min_chunk: so many forced ids go into the cache in one chunk.
     """
 
-    def __init__(self, make_table: Callable[[], TokenTable] | None, rows: SamplingRows, *, min_chunk: int) -> None:
+    def __init__(
+        self,
+        make_table: Callable[[], TokenTable] | None,
+        rows: SamplingRows,
+        scheduler: Scheduler,
+        *,
+        min_chunk: int,
+    ) -> None:
         self.min_chunk = min_chunk
+        self._scheduler = scheduler
         self._make_table = make_table
         self._rows = rows
         self._cache: GrammarCache | None = None
@@ -94,7 +103,7 @@ class Grammars:
         wait([future for _, future in self._compiling.values()], timeout_s, FIRST_COMPLETED)
 
     def take_compiled(self) -> list[Failure]:
-        """Let go of the sequences whose grammars are ready; returns those whose grammars are none."""
+        """Give the sequences whose grammars are ready their constraint; returns those whose grammars are none."""
         failures = []
         for sequence, future in list(self._compiling.values()):
             if not future.done():
@@ -108,14 +117,10 @@ class Grammars:
                 logger.exception("a grammar could not be compiled")
                 failures.append(Failure(sequence, grammar_failed("the grammar library failed")))
             else:
-                self._release(sequence, matcher)
+                reports_logprobs = sequence.request.sampling.logprobs is not None
+                constraint = Constraint(matcher, min_chunk=NEVER if reports_logprobs else self.min_chunk)
+                self._scheduler.release(sequence, constraint)
         return failures
-
-    def _release(self, sequence: Sequence, matcher: GrammarMatcher) -> None:
-        reports_logprobs = sequence.request.sampling.logprobs is not None
-        sequence.constraint = Constraint(matcher, min_chunk=NEVER if reports_logprobs else self.min_chunk)
-        sequence.stop_ids |= matcher.stop_ids
-        sequence.is_held = False
 
     # -- masks ---------------------------------------------------------------------------------------------------------
 
@@ -150,6 +155,7 @@ class Grammars:
             self._held.append(sequence)
         self._filler.start(jobs)
 
+    @torch.inference_mode()
     def finish(self) -> list[Failure]:
         """Wait for the masks and send them to the device. Returns the sequences that have none, or a broken matcher."""
         assert self._filler is not None

@@ -247,13 +247,14 @@ class SamplingRows:
         allowed = torch.ones((len(users), 32 * num_mask_words(self.vocab_size)), dtype=torch.bool)
         for allowed_V, start in zip(allowed, users, strict=True):
             allowed_V[list(start.params.banned_ids)] = False
-        self.write_masks([start.row for start in users], pack_bits(allowed).view(torch.int32))
+        masks_UW = pack_bits(allowed).view(torch.int32)
+        self.write_masks([start.row for start in users], self._pinned(masks_UW))
         self._masked -= {start.row for start in users if not start.params.banned_ids}
 
     def write_masks(self, rows: Sequence[int], masks_KW: Tensor) -> None:
-        """Let these rows sample only the ids of these masks (int32, in host memory), until they get others or restart.
+        """Let these rows sample only the ids of these masks (int32, on the host), until they get others or restart.
 
-        Never waits for the device: pinned masks may change again once a step that samples them was read.
+        Never waits for the device if they are pinned; they may change again once a step that samples them was read.
         """
         if self.masks_RW is None:
             shape = (self.num_rows + 1, masks_KW.shape[1])
@@ -278,9 +279,10 @@ class SamplingRows:
 
     def _upload(self, tensor: Tensor) -> Tensor:
         """Copy to the device without waiting: torch keeps the pinned memory until the copy is done."""
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return self._pinned(tensor).to(self.device, non_blocking=True)
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return tensor if self.device.type == "cpu" else tensor.pin_memory()
 
 
 class IdLists:

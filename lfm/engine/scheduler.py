@@ -14,7 +14,7 @@ Who may change a sequence's blocks, and when (step N launched, not yet read):
 from bisect import insort
 
 from lfm.engine.cache import BlockHasher, BlockPool
-from lfm.engine.constraint import grammar_failed
+from lfm.engine.constraint import Constraint, grammar_failed
 from lfm.engine.sequence import Sequence, Status
 from lfm.engine.step import Counters, ScheduledBatch, ScheduledRow, StepBudget, StepResult
 from lfm.errors import InternalError
@@ -87,6 +87,14 @@ class Scheduler:
         """End a sequence now; its blocks follow when no launched step names it. None if it is unknown or has ended."""
         sequence = self._by_id.get(request_id)
         return self._finish(sequence, "abort") if sequence else None
+
+    def release(self, sequence: Sequence, constraint: Constraint) -> None:
+        """Let a sequence go whose grammar is compiled, with the ids that its output has to begin with."""
+        begin = constraint.begin(sequence.max_num_tokens - sequence.num_prompt - 1)
+        sequence.constraint, sequence.is_held = constraint, False
+        sequence.stop_ids |= constraint.matcher.stop_ids
+        sequence.ids += begin
+        sequence.unsent = begin
 
     def fail(self, request_id: str, error: ErrorInfo) -> TokenEvent | None:
         """End a sequence with an error; otherwise as `abort`."""
@@ -339,7 +347,8 @@ class Scheduler:
             sequence.prompt_logprobs += result.prompt_logprobs[index][max(0, known - row.start - 1) :]
         if not row.samples or is_dropped:
             return None
-        new = tuple(sequence.accept(token_id))
+        new = (*sequence.unsent, *sequence.accept(token_id))
+        sequence.unsent = []
         if sequence.constraint is not None and sequence.constraint.error is not None:
             return self._finish(sequence, "error", error=grammar_failed(sequence.constraint.error))
         self.counters.generated_tokens += len(new)

@@ -49,6 +49,7 @@ class Sequence:
         "status",
         "stop_ids",
         "unmarked",
+        "unsent",
     )
 
     def __init__(self, request: EngineRequest, *, arrival: int, root_hash: bytes) -> None:
@@ -65,6 +66,7 @@ class Sequence:
         self.num_dropped = 0  # samples in flight whose ids the host knew before they were drawn
         self.is_held = False  # not to be admitted yet: its grammar is being compiled
         self.constraint: Constraint | None = None
+        self.unsent: list[int] = []  # the first output ids, known before anything was computed
         self.unmarked: list[int] = []  # output ids that were not sampled and that the device row has not seen
         self.num_in_flight = 0
         self.block_table: list[int] = []

@@ -1,5 +1,6 @@
 """Tiny random models and plans for the engine's tests, on the CPU and (marked `gpu`) on a GPU."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from lfm.config import EnginePlan, ModelConfig
 from lfm.engine.build import assemble_engine
 from lfm.engine.engine import Engine
+from lfm.engine.grammar_library import TokenTable
 from lfm.engine.sampler import sample
 from lfm.engine.sampling_rows import RowStart, SamplingRows
 from lfm.model.full_forward import full_logits
@@ -67,11 +69,13 @@ def make_plan(*, device: str = "cpu", dtype: str = "float64", **changes: int | b
     return EnginePlan(device=device, dtype=dtype, **settings)  # type: ignore[arg-type]
 
 
-def make_engine(model: Lfm2, plan: EnginePlan, *, overlap: bool) -> Engine:
+def make_engine(
+    model: Lfm2, plan: EnginePlan, *, overlap: bool, make_table: Callable[[], TokenTable] | None = None
+) -> Engine:
     """An engine on plain ops whose pool starts filled with NaN."""
     device = model.model.embed_tokens.weight.device.type
     plan = replace(plan, device=device)
-    engine = assemble_engine(model, plan, num_ids=NUM_IDS, ops=REFERENCE, overlap=overlap)
+    engine = assemble_engine(model, plan, num_ids=NUM_IDS, ops=REFERENCE, overlap=overlap, make_table=make_table)
     engine.runner.cache.fill(float("nan"))
     return engine
 

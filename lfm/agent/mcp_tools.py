@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import shlex
+import sys
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,7 @@ async def _connect(client: "Client", stack: contextlib.AsyncExitStack, target: s
 
 def _client(target: str) -> "Client":
     try:
-        from mcp import Client, StdioServerParameters
+        from mcp import Client, StdioServerParameters, stdio_client
     except ImportError as error:
         raise UsageError("MCP servers need the mcp package. Install it: pip install 'lfm-serve[agent]'.") from error
     if target.startswith(("http://", "https://")):
@@ -80,7 +81,8 @@ def _client(target: str) -> "Client":
         raise UsageError(f"The MCP server {target!r} is no command line: {error}.") from error
     if not words:
         raise UsageError("An MCP server is empty. Give a command line or an http:// address.")
-    return Client(StdioServerParameters(command=words[0], args=words[1:]))
+    parameters = StdioServerParameters(command=words[0], args=words[1:])
+    return Client(stdio_client(parameters, errlog=sys.__stderr__ or sys.stderr))
 
 
 async def _list_tools(client: "Client") -> "list[McpTool]":

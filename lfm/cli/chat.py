@@ -1,10 +1,13 @@
-"""`lfm chat`: a conversation at the terminal, with a model in this process or with a server."""
+"""`lfm chat`: a conversation at the terminal, with a model in this process or with a server, with or without tools."""
 
+from pathlib import Path
 from typing import Annotated
 
 from lfm.cli import options
 from lfm.cli.options import ENGINE
 from lfm.config import EngineConfig
+
+_TOOLS = "Tools"
 
 
 def chat(
@@ -12,6 +15,18 @@ def chat(
     url: Annotated[str | None, options.flag("url", "Talk to this server instead of loading a model.")] = None,
     api_key: Annotated[str | None, options.flag("api_key", "The server's key, with --url.")] = None,
     system: Annotated[str | None, options.flag("system", "A system message before the conversation.")] = None,
+    tools: Annotated[
+        list[Path] | None,
+        options.flag("tools", "Run this Python file; its functions become tools. May be repeated.", panel=_TOOLS),
+    ] = None,
+    mcp: Annotated[
+        list[str] | None,
+        options.flag("mcp", 'An MCP server: "COMMAND ARGS" or http://... May be repeated.', panel=_TOOLS),
+    ] = None,
+    yes: Annotated[bool, options.flag("yes", "Run what the model calls without asking.", panel=_TOOLS)] = False,
+    max_steps: Annotated[
+        int, options.flag("max_steps", "Most answers of the model to one line, calls included.", panel=_TOOLS)
+    ] = 10,
     max_tokens: options.MaxTokensFlag = None,
     temperature: options.TemperatureFlag = None,
     top_k: options.TopKFlag = None,
@@ -33,13 +48,8 @@ def chat(
 ) -> None:
     """Talk with a model at the terminal."""
     # Imported here, as in every verb: `lfm --help` loads neither HTTP clients nor tokenizers.
-    import httpx2
-
-    from lfm import http_client as http
     from lfm.chat.defaults import RequestedSampling
-    from lfm.cli.conversation import Conversation
-    from lfm.cli.loading import load_llm
-    from lfm.cli.speakers import LocalSpeaker, ServerSpeaker
+    from lfm.cli.chat_session import ChatFlags, talk
 
     requested = RequestedSampling(
         temperature=temperature,
@@ -51,11 +61,6 @@ def chat(
         frequency_penalty=frequency_penalty,
         seed=seed,
     )
-    if url is not None:
-        with httpx2.Client(headers=http.auth_headers(api_key), timeout=http.TIMEOUT) as client:
-            server = ServerSpeaker(client, http.api_root(url), requested=requested, max_tokens=max_tokens)
-            Conversation(server, system=system).run()
-        return
     config = EngineConfig(
         model=model,
         revision=revision,
@@ -67,5 +72,15 @@ def chat(
         memory_fraction=memory_fraction,
         plain_loop=plain_loop,
     )
-    with load_llm(config) as llm:
-        Conversation(LocalSpeaker(llm, requested=requested, max_tokens=max_tokens), system=system).run()
+    flags = ChatFlags(
+        url=url,
+        api_key=api_key,
+        system=system,
+        requested=requested,
+        max_tokens=max_tokens,
+        tools=tools or (),
+        mcp=mcp or (),
+        is_yes=yes,
+        max_steps=max_steps,
+    )
+    talk(config, flags)

@@ -6,8 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from lfm.chat.messages import Message
-from lfm.cli.speakers import Counts, Speaker
+from lfm.cli.speakers import Json, Speaker, Turn
 from lfm.cli.terminal import note, speed_line, write_text
 from lfm.errors import OverloadedError, RequestError
 
@@ -23,7 +22,7 @@ class Conversation:
 
     def __init__(self, speaker: Speaker, *, system: str | None) -> None:
         self._speaker = speaker
-        self._start = [Message(role="system", content=system)] if system is not None else []
+        self._start: list[Json] = [{"role": "system", "content": system}] if system is not None else []
         self._messages = list(self._start)
 
     def run(self) -> None:
@@ -61,29 +60,28 @@ class Conversation:
             note(f"{command} is not a command. /help lists them.")
 
     def _save(self, path: Path) -> None:
-        turns = [{"role": message.role, "content": message.text} for message in self._messages]
         try:
             with path.open("x", encoding="utf-8") as file:  # an existing file may be somebody's conversation
-                json.dump({"model": self._speaker.name, "messages": turns}, file, ensure_ascii=False, indent=2)
+                json.dump({"model": self._speaker.name, "messages": self._messages}, file, ensure_ascii=False, indent=2)
                 file.write("\n")
         except FileExistsError:
             note(f"{path} exists already. Choose another name.")
         except OSError as error:
             note(f"{path} cannot be written: {error.strerror}. Choose another place.")
         else:
-            note(f"Saved {len(turns)} messages to {path}.")
+            note(f"Saved {len(self._messages)} messages to {path}.")
 
     def _answer(self, line: str) -> None:
         """Answer one line. An answer that was stopped stays in the history as far as it went."""
-        messages = [*self._messages, Message(role="user", content=line)]
-        counts = Counts()
-        pieces: list[str] = []
-        start_s = first_s = time.monotonic()
+        messages: list[Json] = [*self._messages, {"role": "user", "content": line}]
+        turn = Turn()
+        start_s = time.monotonic()
+        first_s: float | None = None
         try:
-            for piece in self._speaker.answer(messages, counts):
-                if piece and not pieces:
+            for piece in self._speaker.answer(messages, turn):
+                if piece and first_s is None:
                     first_s = time.monotonic()
-                pieces.append(piece)
+                turn.text += piece
                 write_text(piece)
         except KeyboardInterrupt:
             note("\n(stopped)")
@@ -91,14 +89,14 @@ class Conversation:
             note(f"error: {error}")
             return
         write_text("\n")
-        self._messages = [*messages, Message(role="assistant", content="".join(pieces))]
+        self._messages = [*messages, *turn.messages, {"role": "assistant", "content": turn.text}]
         now = time.monotonic()
         note(
             speed_line(
-                num_prompt_tokens=counts.num_prompt_tokens,
-                num_cached_tokens=counts.num_cached_tokens,
-                num_output_tokens=counts.num_output_tokens,
-                first_s=first_s - start_s,
+                num_prompt_tokens=turn.num_prompt_tokens,
+                num_cached_tokens=turn.num_cached_tokens,
+                num_output_tokens=turn.num_output_tokens,
+                first_s=(first_s or start_s) - start_s,
                 total_s=now - start_s,
             )
         )

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Protocol
 
@@ -11,17 +11,21 @@ import httpx2
 
 from lfm import http_client as http
 from lfm.chat.defaults import RequestedSampling
-from lfm.chat.messages import Message
+from lfm.chat.messages import parse_messages
 from lfm.llm import LLM
+
+Json = dict[str, object]
 
 
 @dataclass(slots=True)
-class Counts:
-    """Tokens of one answer, as far as they are known."""
+class Turn:
+    """One answer as far as it has come: its tokens, its text, and before that the messages of its use of tools."""
 
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
+    messages: list[Json] = field(default_factory=list)
+    text: str = ""
 
 
 class Speaker(Protocol):
@@ -29,8 +33,11 @@ class Speaker(Protocol):
 
     name: str
 
-    def answer(self, messages: list[Message], counts: Counts) -> Iterator[str]:
-        """Yield the answer piece by piece and keep `counts` up to date. KeyboardInterrupt may end it at any piece."""
+    def answer(self, messages: list[Json], turn: Turn) -> Iterator[str]:
+        """Yield the answer to messages in OpenAI's form piece by piece, and keep `turn` up to date.
+
+        The reader adds the pieces to `turn.text`. KeyboardInterrupt may end it at any piece.
+        """
 
 
 class LocalSpeaker:
@@ -42,17 +49,17 @@ class LocalSpeaker:
         self._requested = requested
         self._max_tokens = max_tokens
 
-    def answer(self, messages: list[Message], counts: Counts) -> Iterator[str]:
-        prompt_ids = self._llm.chat_prompt(messages)
-        counts.num_prompt_tokens = len(prompt_ids)
+    def answer(self, messages: list[Json], turn: Turn) -> Iterator[str]:
+        prompt_ids = self._llm.chat_prompt(parse_messages(messages))
+        turn.num_prompt_tokens = len(prompt_ids)
         sampling = self._llm.sampling(
-            self._requested, max_tokens=self._max_tokens, num_prompt_tokens=counts.num_prompt_tokens
+            self._requested, max_tokens=self._max_tokens, num_prompt_tokens=turn.num_prompt_tokens
         )
         stream = self._llm.stream(prompt_ids, sampling=sampling)
         with held_interrupt() as interrupt, contextlib.closing(stream):
             for delta in stream:
-                counts.num_output_tokens = stream.num_output_tokens
-                counts.num_cached_tokens = stream.num_cached_tokens
+                turn.num_output_tokens = stream.num_output_tokens
+                turn.num_cached_tokens = stream.num_cached_tokens
                 yield delta.text
                 interrupt.raise_if_held()
 
@@ -96,10 +103,10 @@ class ServerSpeaker:
         named = {**asdict(requested), "max_tokens": max_tokens}
         self._sampling = {name: value for name, value in named.items() if value is not None}
 
-    def answer(self, messages: list[Message], counts: Counts) -> Iterator[str]:
+    def answer(self, messages: list[Json], turn: Turn) -> Iterator[str]:
         body = {
             "model": self.name,
-            "messages": [{"role": message.role, "content": message.text} for message in messages],
+            "messages": messages,
             "stream": True,
             "stream_options": {"include_usage": True},
             **self._sampling,
@@ -112,23 +119,23 @@ class ServerSpeaker:
                 for line in response.iter_lines():
                     event = http.event_data(line)
                     if event is not None:
-                        yield _read_chunk(event, counts)
+                        yield _read_chunk(event, turn)
         except httpx2.HTTPError as error:
             raise http.unreachable(self._root, error) from error
 
 
-def _read_chunk(event: dict[str, object], counts: Counts) -> str:
+def _read_chunk(event: dict[str, object], turn: Turn) -> str:
     """The text of one chunk. Chunks may carry several tokens; the usage at the end has the true count."""
     usage = event.get("usage")
     if isinstance(usage, dict):
-        counts.num_prompt_tokens = int(usage.get("prompt_tokens", 0))
-        counts.num_output_tokens = int(usage.get("completion_tokens", 0))
+        turn.num_prompt_tokens = int(usage.get("prompt_tokens", 0))
+        turn.num_output_tokens = int(usage.get("completion_tokens", 0))
         details = usage.get("prompt_tokens_details")
-        counts.num_cached_tokens = int(details.get("cached_tokens") or 0) if isinstance(details, dict) else 0
+        turn.num_cached_tokens = int(details.get("cached_tokens") or 0) if isinstance(details, dict) else 0
     choices = event.get("choices")
     if not isinstance(choices, list) or not choices:
         return ""
     text = choices[0].get("delta", {}).get("content") or ""
     if text and not isinstance(usage, dict):
-        counts.num_output_tokens += 1
+        turn.num_output_tokens += 1
     return str(text)

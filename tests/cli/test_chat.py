@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from lfm.chat.defaults import RequestedSampling
-from lfm.chat.messages import Message
 from lfm.cli.conversation import Conversation
-from lfm.cli.speakers import Counts, LocalSpeaker, held_interrupt
+from lfm.cli.speakers import Json, LocalSpeaker, Turn, held_interrupt
 from lfm.config import EngineConfig
 from lfm.errors import OverloadedError, RequestError
 from lfm.llm import LLM
@@ -24,16 +23,16 @@ class Echo:
     name = "echo"
 
     def __init__(self) -> None:
-        self.asked: list[list[tuple[str, str]]] = []
+        self.asked: list[list[tuple[object, object]]] = []
         self.failure: BaseException | None = None
 
-    def answer(self, messages: list[Message], counts: Counts) -> Iterator[str]:
-        self.asked.append([(message.role, message.text) for message in messages])
-        counts.num_prompt_tokens, counts.num_output_tokens = 7, 3
+    def answer(self, messages: list[Json], turn: Turn) -> Iterator[str]:
+        self.asked.append([(message["role"], message["content"]) for message in messages])
+        turn.num_prompt_tokens, turn.num_output_tokens = 7, 3
         yield "you said: "
         if self.failure is not None:
             raise self.failure
-        yield messages[-1].text
+        yield str(messages[-1]["content"])
 
 
 @pytest.fixture
@@ -156,17 +155,17 @@ def test_a_second_interrupt_is_not_held() -> None:
 def test_a_stopped_answer_leaves_the_model_usable() -> None:
     with LLM(EngineConfig(model="random:tiny", device="cpu")) as llm:
         speaker = LocalSpeaker(llm, requested=RequestedSampling(temperature=0.0), max_tokens=200)
-        messages = [Message(role="user", content="Hello")]
-        pieces = speaker.answer(messages, Counts())
+        messages: list[Json] = [{"role": "user", "content": "Hello"}]
+        pieces = speaker.answer(messages, Turn())
         next(pieces)
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             list(pieces)
         assert not llm.engine.has_work()
         assert llm.engine.stats().num_blocks_used == 0
-        counts = Counts()
-        assert "".join(speaker.answer(messages, counts))
-        assert counts.num_output_tokens > 1
+        turn = Turn()
+        assert "".join(speaker.answer(messages, turn))
+        assert turn.num_output_tokens > 1
 
 
 def test_a_model_in_this_process_finds_its_earlier_turns_in_the_cache(lfm: Lfm) -> None:

@@ -1,5 +1,6 @@
 """One served model for all client tests: the real command, in its own process, on a free port."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -29,11 +30,13 @@ def is_ready(process: subprocess.Popen[bytes], served: Served) -> bool:
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     port = unused_port()
-    log = tmp_path_factory.mktemp("served") / "serve.log"
+    folder = tmp_path_factory.mktemp("served")
+    log = folder / "serve.log"
+    environment = {**os.environ, "XDG_DATA_HOME": str(folder)}  # no test stores anything among the user's own data
     served = Served(url=f"http://127.0.0.1:{port}", model=MODEL, api_key=API_KEY, log=log)
     flags = ["--port", str(port), "--served-model-name", MODEL, "--api-key", API_KEY]
     command = [sys.executable, "-m", "lfm.cli", "serve", "random:tiny", *flags]
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
         try:
             wait_until(lambda: is_ready(process, served), seconds=START_SECONDS, what=f"/readyz of the server ({log})")
             yield served

@@ -113,19 +113,20 @@ def _write_message(
         text = text.rpartition("</think>")[2].strip()
     writer.control(special.im_start)
     writer.text("system\n" if message.role == "developer" else f"{message.role}\n")
-    if message.tool_calls:
-        _write_calls(writer, message, f"messages[{index}].tool_calls", call_form)
     if is_response:
         writer.control(special.tool_response_start)
     writer.text(text, f"messages[{index}].content")
     if is_response:
         writer.control(special.tool_response_end)
+    if message.tool_calls:
+        _write_calls(writer, message, f"messages[{index}].tool_calls", call_form)
     writer.control(special.im_end)
     writer.text("\n")
 
 
 def _write_calls(writer: _PromptWriter, message: Message, param: str, call_form: CallForm) -> None:
-    # The published templates drop tool_calls. The model writes its calls before any prose, so the history does too.
+    # The published templates drop tool_calls. Our grammar lets nothing follow a block of calls, so the text of such a turn
+    # was written in front of it, and stands there again.
     special = writer.tokenizer.special
     if special.tool_call_start is None or special.tool_call_end is None:
         raise RequestError(f"{param} cannot be used: this model has no tool call tokens. Remove it.", param=param)

@@ -199,7 +199,7 @@ def test_calls_of_the_history_are_those_that_the_template_would_tokenize(
             Message(role="tool", content="21"),
         ],
     )
-    content = '<|tool_call_start|>[get_weather(city="Zürich"), a.b()]<|tool_call_end|>Wait.'
+    content = 'Wait.<|tool_call_start|>[get_weather(city="Zürich"), a.b()]<|tool_call_end|>'
     turns = [("user", "Hi"), ("assistant", content), ("tool", "21")]
     messages = [{"role": role, "content": text} for role, text in turns]
     assert ours == their_ids(plain_oracle, messages, add_generation_prompt=True)

@@ -201,7 +201,7 @@ def test_tool_calls_and_results_become_turns(client: AppClient) -> None:
     prompt = prompt_of(client, messages=messages)
     assert prompt == (
         "<|startoftext|><|im_start|>user\nTime and weather?<|im_end|>\n"
-        '<|im_start|>assistant\n<|tool_call_start|>[now(zone="UTC"), weather()]<|tool_call_end|>Let me see.<|im_end|>\n'
+        '<|im_start|>assistant\nLet me see.<|tool_call_start|>[now(zone="UTC"), weather()]<|tool_call_end|><|im_end|>\n'
         "<|im_start|>tool\n12:00<|im_end|>\n<|im_start|>tool\nError: no network<|im_end|>\n"
         "<|im_start|>user\nWell?<|im_end|>\n<|im_start|>assistant\n"
     )

@@ -188,7 +188,7 @@ def test_items_become_turns(client: AppClient) -> None:
     assert prompt_of(client, instructions="Think.", input=items) == (
         "<|startoftext|><|im_start|>system\nThink.<|im_end|>\n<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\nTime?<|im_end|>\n"
-        '<|im_start|>assistant\n<|tool_call_start|>[now(zone="UTC"), weather()]<|tool_call_end|>Hm.<|im_end|>\n'
+        '<|im_start|>assistant\nHm.<|tool_call_start|>[now(zone="UTC"), weather()]<|tool_call_end|><|im_end|>\n'
         "<|im_start|>tool\n12:00<|im_end|>\n<|im_start|>tool\nsun<|im_end|>\n"
         "<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -196,7 +196,7 @@ def test_items_become_turns(client: AppClient) -> None:
 
 def test_text_behind_a_call_belongs_to_the_same_turn(client: AppClient) -> None:
     items = [message("user", "Time?"), CALL, message("assistant", "Wait."), RESULT]
-    assert '[now(zone="UTC")]<|tool_call_end|>Wait.<|im_end|>' in prompt_of(client, input=items)
+    assert 'Wait.<|tool_call_start|>[now(zone="UTC")]<|tool_call_end|><|im_end|>' in prompt_of(client, input=items)
 
 
 def test_a_call_id_may_be_used_again_once_it_was_answered(client: AppClient) -> None:

@@ -336,26 +336,27 @@ def test_tools_count_and_show_in_the_other_endpoints() -> None:
 # Conversations that go on.
 
 
-def test_a_round_trip_through_chat_is_the_identity() -> None:
+@pytest.mark.parametrize("text", ["", "Let me see.", "<think>Hm.</think>Now:"])
+def test_a_round_trip_through_chat_is_the_identity(text: str) -> None:
     """What the model wrote stands in the next prompt as it was, token by token."""
-    client = client_that_answers(CALLS)
+    client = client_that_answers(f"{text}{CALLS}")
     answer = post(client, "chat", tools=tools_of("chat")).json()["choices"][0]["message"]
     results = [{"role": "tool", "tool_call_id": call["id"], "content": "r"} for call in answer["tool_calls"]]
     post(client, "chat", tools=tools_of("chat"), messages=[USER, answer, *results])
     first, second = (request.prompt_ids for request in client.backend.requests)
     assert second[: len(first)] == first
-    written = TOKENIZER.encode_raw(f"{CALLS}<|im_end|>\n<|im_start|>tool\nr<|im_end|>\n")[1:]
+    written = TOKENIZER.encode_raw(f"{text}{CALLS}<|im_end|>\n<|im_start|>tool\nr<|im_end|>\n")[1:]
     assert second[len(first) : len(first) + len(written)] == written
 
 
 def test_a_round_trip_through_messages_is_the_identity() -> None:
-    client = client_that_answers(CALLS)
+    client = client_that_answers(f"Let me see.{CALLS}")
     answer = post(client, "messages", tools=tools_of("messages")).json()
-    results = [{"type": "tool_result", "tool_use_id": block["id"], "content": "r"} for block in answer["content"]]
+    results = [{"type": "tool_result", "tool_use_id": block["id"], "content": "r"} for block in answer["content"][1:]]
     turns = [USER, {"role": "assistant", "content": answer["content"]}, {"role": "user", "content": results}]
     post(client, "messages", tools=tools_of("messages"), messages=turns)
     first, second = (request.prompt_ids for request in client.backend.requests)
-    written = TOKENIZER.encode_raw(f"{CALLS}<|im_end|>\n<|im_start|>tool\nr<|im_end|>\n")[1:]
+    written = TOKENIZER.encode_raw(f"Let me see.{CALLS}<|im_end|>\n<|im_start|>tool\nr<|im_end|>\n")[1:]
     assert second[: len(first) + len(written)] == first + written
 
 

@@ -135,7 +135,7 @@ arrivals = st.lists(
             st.lists(st.integers(8, NUM_IDS - 1), min_size=1, max_size=8).map(tuple),
         ),
         way=st.integers(0, len(WAYS) - 1),
-        max_tokens=st.integers(1, 24),
+        max_tokens=st.integers(1, 15),
         seed=st.integers(0, 3),
         n=st.sampled_from([1, 1, 2, 3]),
         grammar=st.sampled_from(sorted(GRAMMARS)),

@@ -9,6 +9,7 @@ from lfm.engine import sampler
 from lfm.engine.sampler import sample
 from lfm.engine.sampling_rows import SamplingRows
 from lfm.kernels import sample_rows as fused
+from lfm.kernels.penalties import pack_bits
 from tests.kernels.interpreted import IS_INTERPRETED, run_interpreted
 from tests.sampler.batch import CPU, Case, params
 
@@ -49,8 +50,13 @@ else:
         monkeypatch.setattr(fused, "MAX_TOP_K", 64)
 
     def both_ways(
-        cases: list[Case], num_ids: int, monkeypatch: pytest.MonkeyPatch, *, ok: Tensor | None = None
-    ) -> list[list[int]]:
+        cases: list[Case],
+        num_ids: int,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        ok: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> list[int]:
         """Sampled ids of the fused and the plain sampler, whose marks agree."""
         found = []
         for is_fused in (True, False):
@@ -59,6 +65,8 @@ else:
             rows = SamplingRows(len(cases) + 1, vocab, num_ids=num_ids, device=CPU)
             order = list(range(len(cases), 0, -1))
             rows.start_many([case.start(row) for case, row in zip(cases, order, strict=True)])
+            if allowed is not None:
+                rows.write_masks(order[: len(allowed)], pack_bits(allowed).view(torch.int32))
             logits = torch.tensor([case.logits for case in cases])
             row_R, position_R = torch.tensor(order), torch.tensor([len(case.ids) for case in cases])
             flags = rows.flags(order)
@@ -77,6 +85,23 @@ else:
 
     def test_ids_and_marks_are_those_of_the_plain_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
         both_ways([random_case(way, way, 1056) for way in range(4)], 1040, monkeypatch)
+
+    @pytest.mark.parametrize("ways", [(0, 1, 2), (3, 3, 3)], ids=["random", "greedy"])
+    def test_masks_are_those_of_the_plain_sampler(ways: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+        """The last row has none; the second one allows a single id, as where a grammar forces it."""
+        cases = [random_case(seed, way, 544) for seed, way in enumerate(ways)]
+        allowed = torch.rand(2, 544, generator=torch.Generator().manual_seed(5)) < 0.1
+        allowed[0, 543] = True
+        allowed[1] = torch.arange(544) == 32
+        ids = both_ways(cases, 544, monkeypatch, allowed=allowed)
+        assert ids[1] == 32
+        assert allowed[0, ids[0]]
+
+    def test_a_row_whose_mask_allows_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+        cases = [random_case(seed, 3, 352) for seed in range(2)]
+        ids = both_ways(cases, 340, monkeypatch, allowed=torch.zeros(1, 352, dtype=torch.bool))
+        assert ids[0] == -1
+        assert ids[1] >= 0
 
     def test_groups_of_more_than_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fused, "MAX_GROUPS", 64)

@@ -10,6 +10,7 @@ import torch
 from lfm.engine import sampler
 from lfm.engine.sampler import sample, token_logprobs
 from lfm.engine.sampling_rows import RowStart, SamplingRows
+from lfm.kernels.penalties import pack_bits
 from lfm.kernels.random_bits import random_bits, uniform
 from lfm.kernels.top_k import top_k, top_k_ref
 from lfm.protocol import SamplingParams
@@ -79,22 +80,29 @@ def test_neither_a_start_nor_a_sample_waits_for_the_device(way: int) -> None:
     with waits_forbidden():
         for row in (0, 2):
             rows.start(RowStart(row=row, params=WAYS[way], seed=row, ids=[1, 2, 3], num_prompt=2))
-        flags = rows.flags([0, 2])._replace(num_logprobs=5)
+        flags = rows.flags([0, 2])._replace(num_logprobs=5, mask=True)
+        masks = torch.full((2, 2048), -1, dtype=torch.int32, pin_memory=True)
         for _ in range(2):
+            rows.write_masks([0, 2], masks)
+            rows.mark([(0, [4, 5, 6]), (2, [4])])
             output = sample(rows, logits, row_R=row_R, position_R=row_R, flags=flags)
         token_logprobs(logits, output.ids_R, num_top=5, num_ids=64_400)
     with waits_forbidden(), pytest.raises(RuntimeError, match="synchronizing"):
         output.ids_R.tolist()
 
 
+@pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("way", [0, 1, 2, 3, 4])
-def test_a_captured_sample_repeats_with_new_logits_and_new_rows(way: int) -> None:
+def test_a_captured_sample_repeats_with_new_logits_and_new_rows(way: int, is_masked: bool) -> None:
     """The static case of a decode graph: same buffers, other contents."""
-    rows = SamplingRows(8, 5000, num_ids=5000, device=CUDA)
+    rows = SamplingRows(8, 5024, num_ids=5000, device=CUDA)
     starts = [RowStart(row=row, params=WAYS[way], seed=row, ids=[row, 2], num_prompt=1) for row in range(8)]
     rows.start_many(starts)
     random = torch.Generator(CUDA).manual_seed(0)
-    static = torch.zeros(4, 5000, device=CUDA)
+    static = torch.zeros(4, 5024, device=CUDA)
+    masks = torch.randint(-(2**31), 2**31, (2, 8, 157), device=CUDA, generator=random).to("cpu", torch.int32)
+    if is_masked:
+        rows.write_masks(range(8), masks[0])
     row_R, position_R = torch.arange(4, device=CUDA), torch.full((4,), 2, device=CUDA)
     flags = rows.flags(range(8))
     stream = torch.cuda.Stream()
@@ -104,13 +112,17 @@ def test_a_captured_sample_repeats_with_new_logits_and_new_rows(way: int) -> Non
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = sample(rows, static, row_R=row_R, position_R=position_R, flags=flags)
-    for first_row in (0, 4):
+    for turn, first_row in enumerate((0, 4)):
         rows.start_many(starts)
-        static.copy_(torch.randn(4, 5000, device=CUDA, generator=random))
+        if is_masked:
+            rows.write_masks(range(8), masks[turn])
+        static.copy_(torch.randn(4, 5024, device=CUDA, generator=random))
         row_R.copy_(torch.arange(first_row, first_row + 4))
         graph.replay()
         found, seen = captured.ids_R.clone(), rows.seen_RB.clone()
         rows.start_many(starts)
+        if is_masked:
+            rows.write_masks(range(8), masks[turn])
         expected = sample(rows, static, row_R=row_R, position_R=position_R, flags=flags).ids_R
         assert found.equal(expected)
         assert seen[:8].equal(rows.seen_RB[:8])
@@ -129,10 +141,14 @@ FUSED_WAYS = [
     "ways", [FUSED_WAYS[:1], FUSED_WAYS[1:3], FUSED_WAYS[3:4], FUSED_WAYS[3:], FUSED_WAYS], ids=str
 )
 @pytest.mark.parametrize(("num_rows", "vocab"), [(1, 65_536), (257, 65_536), (33, 128_000), (5, 4992)])
+@pytest.mark.parametrize("is_masked", [False, True])
 def test_the_fused_sampler_is_the_plain_one_bit_for_bit(
-    ways: list[SamplingParams], num_rows: int, vocab: int, monkeypatch: pytest.MonkeyPatch
+    ways: list[SamplingParams], num_rows: int, vocab: int, is_masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bf16 logits hold many equal values; some rows fail, some ids are masked, one row is not ok."""
+    """bf16 logits hold many equal values; some rows fail, some ids are masked, one row is not ok.
+
+    Masks are of every other row: one in eight of all ids, or a single one.
+    """
     random = torch.Generator().manual_seed(num_rows)
     ids = torch.randint(0, vocab, (num_rows, 300), generator=random).tolist()
     starts = [
@@ -140,6 +156,9 @@ def test_the_fused_sampler_is_the_plain_one_bit_for_bit(
         for row in range(num_rows)
     ]
     logits = (torch.randn(num_rows, vocab, generator=random) * 3).bfloat16().to(CUDA)
+    allowed = torch.rand(num_rows, vocab, generator=random) < 1 / 8
+    allowed[::4] = torch.arange(vocab) == vocab // 2
+    masks = pack_bits(allowed).view(torch.int32)
     logits[-1, 5], logits[num_rows // 2, vocab - 1] = torch.nan, torch.inf
     ok_R = torch.arange(num_rows, device=CUDA) != 2
     row_R = torch.randperm(num_rows, generator=random).to(CUDA)
@@ -149,6 +168,8 @@ def test_the_fused_sampler_is_the_plain_one_bit_for_bit(
             patch.setattr(sampler, "samples_fused", lambda _, answer=is_fused: answer)
             rows = SamplingRows(num_rows, vocab, num_ids=vocab - 100, device=CUDA)
             rows.start_many(starts)
+            if is_masked:
+                rows.write_masks(range(0, num_rows, 2), masks[::2].contiguous())
             for step in range(3):
                 position_R = torch.full_like(row_R, 300 + step)
                 flags = rows.flags(range(num_rows))

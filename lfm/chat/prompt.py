@@ -125,8 +125,8 @@ def _write_message(
 
 
 def _write_calls(writer: _PromptWriter, message: Message, param: str, call_form: CallForm) -> None:
-    # The published templates drop tool_calls. Our grammar lets nothing follow a block of calls, so the text of such a turn
-    # was written in front of it, and stands there again.
+    # The published templates drop tool_calls. The caller has written the turn's text by now: our grammar lets nothing
+    # follow a block of calls, so the model wrote them in this order.
     special = writer.tokenizer.special
     if special.tool_call_start is None or special.tool_call_end is None:
         raise RequestError(f"{param} cannot be used: this model has no tool call tokens. Remove it.", param=param)

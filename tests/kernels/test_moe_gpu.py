@@ -90,7 +90,7 @@ def router_of(num_tokens: int, sizes: Sizes, *, bias: bool) -> tuple[Tensor, Nor
 
 
 @pytest.mark.parametrize("sizes", [LARGE, MEDIUM, TINY])
-@pytest.mark.parametrize("num_tokens", [1, 2, 31, 33, 500, 5001])
+@pytest.mark.parametrize("num_tokens", [1, 2, 31, 33, 129, 384, 500, 5001])
 @pytest.mark.parametrize("bias", [True, False])
 def test_router_chooses_the_best_and_weighs_them_right(sizes: Sizes, num_tokens: int, bias: bool) -> None:
     h, norm, router = router_of(num_tokens, sizes, bias=bias)

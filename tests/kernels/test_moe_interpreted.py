@@ -11,7 +11,7 @@ from lfm.kernels.moe_grouped import experts_grouped
 from lfm.kernels.moe_prefill import experts_prefill, sort_pairs
 from lfm.kernels.moe_prefill_fp8 import experts_prefill_fp8
 from lfm.kernels.moe_small import experts_small
-from lfm.kernels.route_topk import MAX_FEW_TOKENS, route_fast
+from lfm.kernels.route_topk import MAX_FEW_TOKENS, MAX_SPREAD_TOKENS, route_fast
 from lfm.kernels.router import route_ref
 from lfm.kernels.tuned import FOLDER, GroupedTiles, Tuned, WeightKind, read_tables, tuned_for
 from lfm.kernels.weights import ExpertScales, Norm, Router
@@ -134,14 +134,14 @@ else:
         is_real = torch.randint(0, 2, (num_tokens,), generator=draw) if padding else None
         return route_fast(h, norm, router, is_real), route_ref(h, norm, router, is_real)
 
-    @pytest.mark.parametrize("num_tokens", [1, 3, MAX_FEW_TOKENS, MAX_FEW_TOKENS + 1])
+    @pytest.mark.parametrize("num_tokens", [1, 3, MAX_FEW_TOKENS, MAX_FEW_TOKENS + 1, MAX_SPREAD_TOKENS + 1])
     @pytest.mark.parametrize("bias", [True, False])
     def test_router(num_tokens: int, bias: bool) -> None:
         fast, reference = routed(num_tokens, bias=bias, normalise=bias, padding=bias)
         for got, expected in zip(fast, reference, strict=True):
             torch.testing.assert_close(got, expected)
 
-    @pytest.mark.parametrize("num_tokens", [2, MAX_FEW_TOKENS + 2])
+    @pytest.mark.parametrize("num_tokens", [2, MAX_FEW_TOKENS + 2, MAX_SPREAD_TOKENS + 2])
     def test_equal_scores_go_to_the_lower_id_and_nan_to_no_expert(num_tokens: int) -> None:
         h = torch.ones(num_tokens, 64)
         h[-1, 5] = float("nan")

@@ -130,11 +130,16 @@ def _in_range(name: str, value: float | None, low: float, high: float) -> None:
         raise UsageError(f"--{name.replace('_', '-')} {value} is out of range. Allowed: {low} to {high}.")
 
 
+MAX_STEP_TOKENS = 65_536
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """What a user may choose about the engine; None means: chosen for this machine, and printed with the reason.
 
     `float64` serves the parity tests only. `num_blocks` overrides the memory rule (tests, benchmarks).
+    `step_tokens_decoding` bounds a step while anything decodes, but where a long queue waits; `lfm.LLM`, where nobody
+    waits for single tokens, sets it to the most.
     """
 
     model: str = "random:tiny"
@@ -146,6 +151,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_running: int | None = None
     step_tokens: int | None = None
+    step_tokens_decoding: int | None = None
     block_size: int | None = None
     num_blocks: int | None = None
     memory_fraction: float = 0.9
@@ -163,7 +169,8 @@ class EngineConfig:
             raise UsageError(f"--kv-dtype {self.kv_dtype} does not exist yet. Allowed: auto.")
         _in_range("max_model_len", self.max_model_len, 2, 1_048_576)
         _in_range("max_running", self.max_running, 1, 1024)
-        _in_range("step_tokens", self.step_tokens, 1, 65_536)
+        _in_range("step_tokens", self.step_tokens, 1, MAX_STEP_TOKENS)
+        _in_range("step_tokens_decoding", self.step_tokens_decoding, 1, MAX_STEP_TOKENS)
         _in_range("block_size", self.block_size, 1, 1024)
         _in_range("num_blocks", self.num_blocks, 1, 2**31 - 1)
         _in_range("memory_fraction", self.memory_fraction, 0.05, 0.99)
@@ -175,7 +182,8 @@ class EnginePlan:
     """An EngineConfig with every value decided for one machine and one model, and the reason for each choice.
 
     Made by `lfm.engine.plan.plan_engine`. `num_blocks` None: measured after the weights are loaded (CUDA), from what
-    `memory_fraction` of the device leaves. `step_tokens_decoding` is the token budget while any sequence decodes.
+    `memory_fraction` of the device leaves. `step_tokens_decoding` is the token budget while any sequence decodes and
+    no long queue waits.
     """
 
     device: str  # "cpu" or "cuda:0"

@@ -7,26 +7,32 @@ This class and the engine's child process are the engine's only callers. It is n
 may be read in turns. Importing this module loads no torch; making an LLM does.
 """
 
+import logging
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from lfm.chat.defaults import RequestedSampling, SamplingDefaults, defaults_for_source, resolve_sampling
+from lfm.chat.grammar import answer_grammar
+from lfm.chat.grammar_formats import parse_answer_format
 from lfm.chat.messages import Message
 from lfm.chat.output import Delta, OutputProcessor, TokenScore, join_deltas
 from lfm.chat.prompt import build_prompt
 from lfm.chat.stop import StopStrings
 from lfm.chat.tokenizer import Tokenizer
-from lfm.config import EngineConfig
+from lfm.config import MAX_STEP_TOKENS, EngineConfig
 from lfm.errors import InternalError, LfmError, RequestError
 from lfm.model.progress import ignore_progress
 from lfm.model.source import describe_model, resolve_model
-from lfm.protocol import EngineRequest, ErrorInfo, FinishReason, SamplingParams, TokenEvent
+from lfm.protocol import EngineRequest, ErrorInfo, FinishReason, GrammarSpec, SamplingParams, TokenEvent
 
 if TYPE_CHECKING:
     from lfm.engine.engine import Engine
+    from lfm.engine.grammar_worker import GrammarTrial
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +60,8 @@ class LLM:
         from lfm.engine.plan import plan_engine
 
         config = EngineConfig() if config is None else config
+        if config.step_tokens_decoding is None:  # whole answers are waited for: the longest steps are the fastest
+            config = replace(config, step_tokens_decoding=MAX_STEP_TOKENS)
         description = describe_model(config.model, revision=config.revision)
         plan_engine(config, description.config)  # refuses what cannot fit before it is downloaded
         self.source = resolve_model(config.model, revision=config.revision, on_progress=on_phase)
@@ -65,6 +73,7 @@ class LLM:
         self._mailboxes: dict[str, deque[TokenEvent]] = {}
         self._num_requests = 0
         self._is_broken = False
+        self._trial: GrammarTrial | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -78,6 +87,8 @@ class LLM:
         """Let go of the engine and its memory. Idempotent; the LLM cannot be used afterwards."""
         if hasattr(self, "engine"):
             del self.engine
+            if self._trial is not None:
+                self._trial.close()
 
     def sampling(
         self,
@@ -98,15 +109,34 @@ class LLM:
             stop_token_ids=self.tokenizer.stop_token_ids,
         )
 
+    def grammar(self, response_format: Mapping[str, object]) -> GrammarSpec:
+        """The grammar of answers of a form, as the API's `response_format`: json_object, json_schema, regex or grammar.
+
+            llm.chat(messages, grammar=llm.grammar({"type": "json_schema", "json_schema": {"schema": schema}}))
+
+        Raises RequestError with the path of what no grammar can hold. Whatever else is not enforced is logged.
+        """
+        answer, notes = parse_answer_format(dict(response_format), max_tokens=self.engine.info.max_model_len)
+        if answer is None:
+            raise RequestError("response_format of type text has no grammar. Leave it out.", param="response_format")
+        for note in notes:
+            logger.warning("%s", note)
+        return answer_grammar(answer)
+
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation, up to where the assistant's answer begins."""
         return build_prompt(self.tokenizer, messages)
 
     def chat(
-        self, messages: Sequence[Message], *, sampling: SamplingParams | None = None, stop: Sequence[str] = ()
+        self,
+        messages: Sequence[Message],
+        *,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        grammar: GrammarSpec | None = None,
     ) -> Output:
         """Answer a conversation. Raises RequestError for a conversation or sampling that cannot be served."""
-        return self.generate([self.chat_prompt(messages)], sampling=sampling, stop=stop)[0]
+        return self.generate([self.chat_prompt(messages)], sampling=sampling, stop=stop, grammar=grammar)[0]
 
     def generate(
         self,
@@ -114,10 +144,12 @@ class LLM:
         *,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         stop: Sequence[str] = (),
+        grammar: GrammarSpec | Sequence[GrammarSpec | None] | None = None,
     ) -> list[Output]:
         """Continue each prompt (ids, or raw text in which control tokens count), all of them as one batch.
 
-        `sampling` is one for all prompts or one for each; None: the model's recommended sampling.
+        `sampling` is one for all prompts or one for each; None: the model's recommended sampling. So is `grammar`, and
+        the outputs spell it unless max_tokens or a stop string cuts them; see `LLM.grammar`.
         """
         prompt_ids = [self._encode(prompt) for prompt in prompts]
         if isinstance(sampling, SamplingParams) or sampling is None:
@@ -126,8 +158,11 @@ class LLM:
             per_prompt = list(sampling)
         if len(per_prompt) != len(prompt_ids):
             raise RequestError(f"{len(per_prompt)} sampling settings for {len(prompt_ids)} prompts. Give one for each.")
+        grammars = [grammar] * len(prompt_ids) if isinstance(grammar, GrammarSpec | None) else list(grammar)
+        if len(grammars) != len(prompt_ids):
+            raise RequestError(f"{len(grammars)} grammars for {len(prompt_ids)} prompts. Give one for each.")
         strings = StopStrings(stop)
-        requests = [self._request(ids, params) for ids, params in zip(prompt_ids, per_prompt, strict=True)]
+        requests = [self._request(*one) for one in zip(prompt_ids, per_prompt, grammars, strict=True)]
         processors = {request.request_id: self._processor(request, strings) for request in requests}
         deltas: dict[str, list[Delta]] = {request.request_id: [] for request in requests}
         for events in self.run(requests):
@@ -139,11 +174,16 @@ class LLM:
         ]
 
     def stream(
-        self, prompt: str | Sequence[int], *, sampling: SamplingParams | None = None, stop: Sequence[str] = ()
+        self,
+        prompt: str | Sequence[int],
+        *,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        grammar: GrammarSpec | None = None,
     ) -> "Stream":
         """Continue one prompt, step by step."""
         ids = self._encode(prompt)
-        request = self._request(ids, self._or_default(sampling, ids))
+        request = self._request(ids, self._or_default(sampling, ids), grammar)
         processor = self._processor(request, StopStrings(stop))
         return Stream(
             self.run([request]), lambda event: self._feed(processor, event), processor, num_prompt_tokens=len(ids)
@@ -215,9 +255,21 @@ class LLM:
     def _or_default(self, sampling: SamplingParams | None, prompt_ids: Sequence[int]) -> SamplingParams:
         return self.sampling(num_prompt_tokens=len(prompt_ids)) if sampling is None else sampling
 
-    def _request(self, prompt_ids: list[int], sampling: SamplingParams) -> EngineRequest:
+    def _request(self, prompt_ids: list[int], sampling: SamplingParams, grammar: GrammarSpec | None) -> EngineRequest:
+        if grammar is not None:
+            self._try_grammar(grammar)
         self._num_requests += 1
-        return EngineRequest(request_id=f"llm-{self._num_requests}", prompt_ids=prompt_ids, sampling=sampling)
+        name = f"llm-{self._num_requests}"
+        return EngineRequest(request_id=name, prompt_ids=prompt_ids, sampling=sampling, grammar=grammar)
+
+    def _try_grammar(self, grammar: GrammarSpec) -> None:
+        """Have a new grammar tried in a process of its own, since the library runs in this one. Raises RequestError."""
+        from lfm.engine.grammar_masks import token_table
+        from lfm.engine.grammar_worker import GrammarTrial
+
+        if self._trial is None:
+            self._trial = GrammarTrial(token_table(self.tokenizer, vocab_size=self.source.config.vocab_size))
+        self._trial.check(grammar, param="grammar")
 
     def _processor(self, request: EngineRequest, stop: StopStrings) -> OutputProcessor:
         return OutputProcessor(

@@ -233,6 +233,14 @@ def test_step_tokens_named_for_a_gpu_bound_the_decoding_budget_too() -> None:
     assert (chosen.step_tokens, chosen.step_tokens_decoding) == (16_384, 2048)
 
 
+def test_the_decoding_budget_can_be_named_up_to_the_step_itself() -> None:
+    for named, wanted in ((100, 100), (65_536, 8192)):
+        chosen = plan(machine=gpu_machine(), config=EngineConfig(step_tokens_decoding=named))
+        assert (chosen.step_tokens, chosen.step_tokens_decoding) == (8192, wanted)
+    chosen = plan(machine=gpu_machine(), config=EngineConfig(step_tokens=512, step_tokens_decoding=65_536))
+    assert (chosen.step_tokens, chosen.step_tokens_decoding) == (512, 512)
+
+
 def test_every_error_of_planning_has_the_exit_code_of_its_kind() -> None:
     assert issubclass(MachineError, LfmError)
     with pytest.raises(LfmError) as caught:

@@ -29,19 +29,26 @@ class BlockHasher:
     """
 
     def __init__(self, key: bytes, *, model: str, kv_dtype: str) -> None:
-        self._key = key
+        self._keyed = blake2b(digest_size=HASH_BYTES, key=key)
         self._scope = f"{len(model)}:{model}:{kv_dtype}:"
 
     def root(self, tenant: str) -> bytes:
         """The parent of a tenant's first blocks: other tenants, models and dtypes never meet."""
         return self._digest((self._scope + tenant).encode("utf-8", "surrogatepass"))
 
-    def extend(self, parent: bytes, token_ids: Sequence[int]) -> bytes:
-        """The hash of one full block after `parent`."""
-        return self._digest(parent + array("i", token_ids).tobytes())
+    def chain(self, parent: bytes, token_ids: Sequence[int], *, block_size: int) -> list[bytes]:
+        """The hashes of full blocks after `parent`, each the parent of the next."""
+        data, hashes = array("i", token_ids).tobytes(), []
+        num_bytes = block_size * array("i").itemsize
+        for begin in range(0, len(data), num_bytes):
+            parent = self._digest(parent + data[begin : begin + num_bytes])
+            hashes.append(parent)
+        return hashes
 
     def _digest(self, data: bytes) -> bytes:
-        return blake2b(data, digest_size=HASH_BYTES, key=self._key).digest()
+        hashed = self._keyed.copy()  # cheaper than taking the key in again for every block
+        hashed.update(data)
+        return hashed.digest()
 
 
 class BlockPool:

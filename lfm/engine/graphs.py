@@ -10,7 +10,6 @@ import logging
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from operator import is_
 from typing import NamedTuple
 
 import numpy as np
@@ -88,14 +87,13 @@ class DecodeGraphs:
     def shapes(self) -> list[Shape]:
         return list(self._graphs)
 
-    def launch(self, batch: ScheduledBatch) -> DecodeGraph | None:
+    def launch(self, batch: ScheduledBatch, device_rows: Ints, starts: Ints) -> DecodeGraph | None:
         """Replay a decode step whose tables were extended; None if it has another shape or no graph yet."""
-        num_rows = len(batch.rows)
-        index = bisect_left(self._buckets, num_rows)
-        if index == len(self._buckets) or any(row.end - row.start != 1 for row in batch.rows):
+        index = bisect_left(self._buckets, len(batch.rows))
+        if index == len(self._buckets):
             return None
         bucket = self._buckets[index]
-        groups = self._prefixes.of(batch) if bucket >= MIN_SHARED_BUCKET else None
+        groups = self._prefixes.of(device_rows, starts) if bucket >= MIN_SHARED_BUCKET else None
         shape = Shape(bucket, groups is not None)
         graph = self._graphs.get(shape)
         if graph is None:
@@ -103,7 +101,7 @@ class DecodeGraphs:
             return None
         graph.turn ^= 1
         staging = graph.staging[graph.turn]
-        self._fill(staging.numpy(), batch, groups)
+        self._fill(staging.numpy(), batch, device_rows, starts, groups)
         graph.inputs.copy_(staging, non_blocking=True)
         graph.graph.replay()
         self.num_replayed += 1
@@ -120,40 +118,41 @@ class DecodeGraphs:
         captured[0].replay()
         return captured[1]
 
-    def capture_wanted(self) -> None:
-        """Capture one graph that steps have asked for, if any. Called between steps.
+    def capture_wanted(self) -> bool:
+        """Capture one graph that steps have asked for, if any. Called between steps; True if there was one.
 
         If that fails, steps go on without graphs: slower, and said in the log.
         """
         try:
-            self._capture_next()
+            return self._capture_next()
         except RuntimeError:
             logger.exception("a CUDA graph cannot be captured; going on without graphs")
             self._buckets, self._graphs = [], {}
+            return False
 
-    def _capture_next(self) -> None:
+    def _capture_next(self) -> bool:
         wanted = next((shape for shape, count in self._demand.items() if count >= CAPTURE_DEMAND), None)
         if wanted is not None:
             del self._demand[wanted]
             self._graphs[wanted] = self._capture(wanted)
-            return
+            return True
         wanted_sample = next((key for key, count in self._sample_demand.items() if count >= CAPTURE_DEMAND), None)
         if wanted_sample is not None:
             del self._sample_demand[wanted_sample]
             self._capture_sample(self._graphs[wanted_sample[0]], wanted_sample[1])
+        return wanted_sample is not None
 
-    def _fill(self, fields: Ints, batch: ScheduledBatch, groups: PrefixGroups | None) -> None:
+    def _fill(
+        self, fields: Ints, batch: ScheduledBatch, device_rows: Ints, starts: Ints, groups: PrefixGroups | None
+    ) -> None:
         """Write the step's inputs [NUM_LINES, B]; columns beyond the batch's rows are padding."""
-        rows, size = batch.rows, self._builder.block_size
-        num_rows = len(rows)
-        starts = np.array([row.start for row in rows], dtype=np.int64)
-        device_rows = np.array([row.sequence.row for row in rows], dtype=np.int64)
+        size, num_rows = self._builder.block_size, len(starts)
         tables = self._builder.tables.host
         blocks = tables[device_rows, starts // size]
         fields[:, num_rows:] = np.array(self._padding())[:, None]
-        fields[0, :num_rows] = [
-            row.sequence.ids[row.start] if row.end <= len(row.sequence.ids) else UNKNOWN_ID for row in rows
-        ]
+        fields[0, :num_rows] = UNKNOWN_ID
+        for index, known_id in batch.known_ids:
+            fields[0, index] = known_id
         fields[1, :num_rows] = starts
         fields[2, :num_rows] = blocks * size + starts % size
         fields[3, :num_rows] = device_rows
@@ -229,23 +228,23 @@ def _decode_batch(inputs: Tensor, tables: BlockTables, last_ids_R: Tensor, max_m
 
 
 class SharedPrefixes:
-    """The prefix groups of the rows that decode together, found again only when another table is among them.
+    """The prefix groups of the rows that decode together, found again only when other rows are among them.
 
-    A sequence keeps its table, and appends to it, until it is preempted; then it gets a new one. So the same tables in
-    the same order share the same leading blocks as before.
+    A sequence keeps its table, and appends to it, until it is preempted; then it begins anew. So the same device rows
+    in the same order share the same leading blocks as before, as long as nothing has begun.
     """
 
     def __init__(self, builder: BatchBuilder) -> None:
         self._builder = builder
-        self._tables: list[list[int]] = []
+        self._num_starts = -1
+        self._device_rows: Ints = np.zeros(0, dtype=np.int64)
         self._groups: PrefixGroups | None = None
 
-    def of(self, batch: ScheduledBatch) -> PrefixGroups | None:
+    def of(self, device_rows: Ints, starts: Ints) -> PrefixGroups | None:
         """Groups of a decode step's rows, or None where sharing saves too little."""
-        tables = [row.sequence.block_table for row in batch.rows]
-        if len(tables) != len(self._tables) or not all(map(is_, tables, self._tables)):
-            self._tables = tables
-            rows = self._builder.tables.host[[row.sequence.row for row in batch.rows]]
-            num_whole = np.array([row.start for row in batch.rows]) // self._builder.block_size
-            self._groups = group_by_prefix(rows[:, : int(num_whole.max()) + 1], num_whole)
+        tables = self._builder.tables
+        if self._num_starts != tables.num_starts or not np.array_equal(device_rows, self._device_rows):
+            self._num_starts, self._device_rows = tables.num_starts, device_rows
+            num_whole = starts // self._builder.block_size
+            self._groups = group_by_prefix(tables.host[device_rows, : int(num_whole.max()) + 1], num_whole)
         return self._groups

@@ -143,13 +143,18 @@ class _Planner:
 
     def _choose_step_tokens(self, place: Place) -> tuple[int, int]:
         """Tokens per step, and tokens per step while anything decodes."""
-        named = self._config.step_tokens
+        named, named_decoding = self._config.step_tokens, self._config.step_tokens_decoding
         if named is not None:
             self._say(f"{named:,} tokens per step", "named")
-            return named, min(named, GPU_STEP_TOKENS_DECODING) if place.is_gpu else named
+            decoding = named_decoding or (GPU_STEP_TOKENS_DECODING if place.is_gpu else named)
+            return named, min(named, decoding)
+        if place.is_gpu and named_decoding is not None:
+            decoding = min(named_decoding, GPU_STEP_TOKENS)
+            self._say(f"{GPU_STEP_TOKENS:,} tokens per step, {decoding:,} while anything decodes", "named")
+            return GPU_STEP_TOKENS, decoding
         if place.is_gpu:
             choice = f"{GPU_STEP_TOKENS:,} tokens per step, {GPU_STEP_TOKENS_DECODING:,} while anything decodes"
-            self._say(choice, "longer steps would stall the running streams")
+            self._say(choice, "longer steps would stall the running streams, so only a long queue gets them")
             return GPU_STEP_TOKENS, GPU_STEP_TOKENS_DECODING
         if num_parameters(self._model) >= SMALL_MODEL_PARAMETERS:
             self._say(f"{CPU_STEP_TOKENS_LARGE} tokens per step", "a longer step of a large model takes a CPU too long")

@@ -3,18 +3,20 @@
 Features go beside this file, not into it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lfm.engine.answers import entries, logprobs_to_host, to_host
-from lfm.engine.batch import BatchBuilder, StepTensors, row_start
+from lfm.engine.batch import BatchBuilder, Ints, StepTensors, device_rows_of, ends_of, row_start
+from lfm.engine.chunk_graphs import ChunkGraphs, finite_rows
 from lfm.engine.graphs import DecodeGraph, DecodeGraphs, Shape
 from lfm.engine.sampler import Logprobs, SampleOutput, sample, token_logprobs
-from lfm.engine.sampling_rows import SamplingRows
+from lfm.engine.sampling_rows import SampleFlags, SamplingRows
 from lfm.engine.step import ScheduledBatch, ScheduledRow, StepResult
 from lfm.kernels.forward_batch import CacheTensors
 from lfm.model.lfm2 import Lfm2
@@ -34,7 +36,7 @@ class Forwarded:
     """
 
     batch: ScheduledBatch
-    sampled_S: tuple[int, ...]
+    sampled_S: Sequence[int]
     sampled_rows_R: Tensor
     sampled_positions_R: Tensor
     logits_RV: Tensor
@@ -48,7 +50,7 @@ class Launched:
     """A step on its way, everything copied to the host. `done` is None where the device is the host."""
 
     batch: ScheduledBatch
-    sampled_S: tuple[int, ...]
+    sampled_S: Sequence[int]
     ids_R: Tensor
     is_finite_S: Tensor
     logprobs: Logprobs | None
@@ -68,11 +70,19 @@ class Runner:
         self.ops = ops
         self._builder = builder
         self._graphs: DecodeGraphs | None = None
+        self._chunk_graphs: ChunkGraphs | None = None
+        self._flags = SampleFlags()
+        self._flags_of: tuple[int, Ints] | None = None  # starts until then, and the rows that `_flags` is of
 
     @property
     def num_replayed(self) -> int:
-        """Steps that were replayed from a graph so far."""
+        """Decode steps that were replayed from a graph so far."""
         return self._graphs.num_replayed if self._graphs is not None else 0
+
+    @property
+    def num_replayed_chunks(self) -> int:
+        """Steps with chunks that were replayed from a graph so far."""
+        return self._chunk_graphs.num_replayed if self._chunk_graphs is not None else 0
 
     @property
     def captured_shapes(self) -> list[Shape]:
@@ -85,41 +95,53 @@ class Runner:
         return self.rows.device.type == "cuda"
 
     def enable_graphs(self) -> None:
-        """Replay decode steps from CUDA graphs from now on. The cache and the ops must be the final ones."""
+        """Replay steps from CUDA graphs from now on. The cache and the ops must be the final ones."""
         self._graphs = DecodeGraphs(self.model, self.cache, self.rows, self._builder, self.ops)
+        self._chunk_graphs = ChunkGraphs(self.model, self.cache, self.rows, self._builder, self.ops)
 
     @contextmanager
     def observed(self, ops: Ops) -> Iterator[None]:
         """Compute steps with `ops` and never from a graph, within the block: for measurements that look inside."""
-        before = self.ops, self._graphs
-        self.ops, self._graphs = ops, None
+        before = self.ops, self._graphs, self._chunk_graphs
+        self.ops, self._graphs, self._chunk_graphs = ops, None, None
         try:
             yield
         finally:
-            self.ops, self._graphs = before
+            self.ops, self._graphs, self._chunk_graphs = before
 
     def between_steps(self) -> None:
         """Work that may delay a step a little: capture a graph that steps have asked for."""
-        if self._graphs is not None:
-            self._graphs.capture_wanted()
+        if self._graphs is not None and not self._graphs.capture_wanted() and self._chunk_graphs is not None:
+            self._chunk_graphs.capture_wanted()
 
     @torch.inference_mode()
     def forward(self, batch: ScheduledBatch) -> Forwarded:
         """Launch the model on a scheduled step."""
-        self._builder.tables.extend(batch)
+        device_rows, ends = device_rows_of(batch.rows), ends_of(batch.rows)
+        self._builder.tables.extend(batch, device_rows, ends)
         if batch.started:
             self.rows.start_many([row_start(sequence) for sequence in batch.started])
-        if self._graphs is not None and (graph := self._graphs.launch(batch)) is not None:
-            return _replayed(batch, graph)
-        step = self._builder.build(batch, self.rows.last_ids_R)
-        hidden_TD = self.model(step.forward, self.cache, self.ops)
+        has_chunks = batch.num_single < len(batch.rows)
+        if self._graphs is not None and not has_chunks:
+            graph = self._graphs.launch(batch, device_rows, ends - 1)
+            if graph is not None:
+                return _replayed(batch, graph)
+        chunks = self._chunk_graphs.find(batch) if self._chunk_graphs is not None and has_chunks else None
+        if chunks is None:
+            step = self._builder.build(batch, self.rows.last_ids_R)
+            assert step.forward is not None, "no room was given"
+            hidden_TD = self.model(step.forward, self.cache, self.ops)
+            is_finite_S = finite_rows(hidden_TD, step.forward.rows_T, len(batch.rows))
+        else:
+            step = self._builder.build(batch, self.rows.last_ids_R, room=chunks.sizes, into=chunks.inputs)
+            hidden_TD, is_finite_S = chunks.replay()
         return Forwarded(
             batch=batch,
             sampled_S=step.sampled_S,
             sampled_rows_R=step.sampled_rows_R,
             sampled_positions_R=step.sampled_positions_R,
-            logits_RV=self.model.head(hidden_TD[step.forward.sample_T], self.ops),
-            is_finite_S=_finite_rows(hidden_TD, step.forward.rows_T, len(batch.rows)),
+            logits_RV=self.model.head(hidden_TD[step.sample_T], self.ops),
+            is_finite_S=is_finite_S[: len(batch.rows)],
             prompt_logprobs=self._prompt_logprobs(batch, step, hidden_TD),
         )
 
@@ -146,7 +168,7 @@ class Runner:
     def _sample(self, forwarded: Forwarded) -> SampleOutput:
         if not forwarded.sampled_S:
             return SampleOutput(forwarded.sampled_rows_R, None)
-        flags = self.rows.flags(forwarded.batch.rows[index].sequence.row for index in forwarded.sampled_S)
+        flags = self._flags_of_rows(forwarded)
         if forwarded.graph is not None and self._graphs is not None:
             ids_B = self._graphs.sample(forwarded.graph, flags)
             if ids_B is not None:
@@ -159,13 +181,25 @@ class Runner:
             flags=flags,
         )
 
+    def _flags_of_rows(self, forwarded: Forwarded) -> SampleFlags:
+        """The flags of the rows that sample; those of the last step where they are the same sequences."""
+        rows = forwarded.batch.rows
+        device_rows = np.array([rows[index].sequence.row for index in forwarded.sampled_S])
+        num_starts = self._builder.tables.num_starts
+        known = self._flags_of
+        if known is None or known[0] != num_starts or not np.array_equal(known[1], device_rows):
+            self._flags, self._flags_of = self.rows.flags(device_rows.tolist()), (num_starts, device_rows)
+        return self._flags
+
     def read(self, launched: Launched) -> StepResult:
         """Wait for a step (the only wait of the engine) and turn its answer into plain Python."""
         if launched.done is not None:
             launched.done.synchronize()
-        token_ids = [-1] * len(launched.batch.rows)
-        for index, token_id in zip(launched.sampled_S, launched.ids_R.tolist(), strict=True):
-            token_ids[index] = token_id
+        token_ids = launched.ids_R.tolist()
+        if len(token_ids) < len(launched.batch.rows):
+            sampled, token_ids = token_ids, [-1] * len(launched.batch.rows)
+            for index, token_id in zip(launched.sampled_S, sampled, strict=True):
+                token_ids[index] = token_id
         return StepResult(
             token_ids=token_ids,
             is_finite=launched.is_finite_S.tolist(),
@@ -184,7 +218,7 @@ class Runner:
             count = min(row.end, sequence.num_prompt - 1) - row.start
             if not sequence.wants_prompt_logprobs or count <= 0:
                 continue
-            begin = step.forward.row_starts[index]
+            begin = step.row_starts[index]
             targets = torch.tensor(sequence.ids[row.start + 1 : row.start + 1 + count])
             if self.is_async:
                 targets = targets.pin_memory().to(hidden_TD.device, non_blocking=True)
@@ -205,7 +239,7 @@ def _replayed(batch: ScheduledBatch, graph: DecodeGraph) -> Forwarded:
     num_rows = len(batch.rows)
     return Forwarded(
         batch=batch,
-        sampled_S=tuple(range(num_rows)),
+        sampled_S=range(num_rows),
         sampled_rows_R=graph.device_rows_B[:num_rows],
         sampled_positions_R=graph.next_positions_B[:num_rows],
         logits_RV=graph.logits_BV[:num_rows],
@@ -213,13 +247,6 @@ def _replayed(batch: ScheduledBatch, graph: DecodeGraph) -> Forwarded:
         prompt_logprobs={},
         graph=graph,
     )
-
-
-def _finite_rows(hidden_TD: Tensor, rows_T: Tensor, num_rows: int) -> Tensor:
-    """Whether every hidden state of a row is finite [S]: what a NaN anywhere in its chunk would show in."""
-    is_bad_T = (~hidden_TD.isfinite().all(dim=1)).to(torch.int32)
-    num_bad_S = torch.zeros(num_rows, dtype=torch.int32, device=hidden_TD.device)
-    return num_bad_S.index_add_(0, rows_T, is_bad_T) == 0
 
 
 def _prompt_top(row: ScheduledRow) -> int:

@@ -43,6 +43,7 @@ class Sequence:
         "num_pending",
         "num_prompt",
         "prompt_logprobs",
+        "quiet_end",
         "request",
         "root_hash",
         "row",
@@ -69,6 +70,7 @@ class Sequence:
         self.unsent: list[int] = []  # the first output ids, known before anything was computed
         self.unmarked: list[int] = []  # output ids that were not sampled and that the device row has not seen
         self.num_in_flight = 0
+        self.quiet_end = 0  # an id sampled after fewer tokens fills no block, is not the first nor the last allowed
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_indexed = 0

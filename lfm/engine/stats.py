@@ -33,8 +33,7 @@ class Rates:
         now = time.perf_counter()
         elapsed = now - self._read_s if self._read_s is not None else 0.0
         self._read_s = now
-        num_decoded = sum(row.samples for row in batch.rows)
-        self.num_step_tokens = sum(row.end - row.start for row in batch.rows)
+        num_decoded, self.num_step_tokens = batch.num_sampled, batch.num_tokens
         if not 0 < elapsed < WINDOW_S:
             return
         keep = max(0.0, 1 - elapsed / WINDOW_S)

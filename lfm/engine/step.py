@@ -1,13 +1,14 @@
 """What one step of the engine computes and what it answers: the hand-over objects of the scheduler. No torch here."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+
+import msgspec
 
 from lfm.engine.sequence import Sequence
 from lfm.protocol import TokenLogprob
 
 
-class ScheduledRow(NamedTuple):
+class ScheduledRow(msgspec.Struct, frozen=True, gc=False):
     """One sequence's part of a step: positions [start, end), and whether the step samples its next id."""
 
     sequence: Sequence
@@ -18,10 +19,24 @@ class ScheduledRow(NamedTuple):
 
 @dataclass(slots=True)
 class ScheduledBatch:
-    """What a step computes. Rows of one token come first. `started` names sequences whose device row begins anew."""
+    """What a step computes. Rows of one token come first. `started` names sequences whose device row begins anew.
+
+    The first `num_single` rows compute the last token of their sequence and sample. That token was sampled last by the
+    device row itself, but where `known_ids` has (index of the row, id).
+    """
 
     rows: list[ScheduledRow]
     started: list[Sequence]
+    num_single: int = 0
+    known_ids: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_single + sum(row.end - row.start for row in self.rows[self.num_single :])
+
+    @property
+    def num_sampled(self) -> int:
+        return self.num_single + sum(row.samples for row in self.rows[self.num_single :])
 
 
 @dataclass(slots=True)
@@ -37,6 +52,11 @@ class StepResult:
     logprobs: list[TokenLogprob | None] | None = None
     prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every row is finite and none has log-probabilities of its new id."""
+        return self.logprobs is None and all(self.is_finite)
+
 
 @dataclass(slots=True)
 class StepBudget:
@@ -45,6 +65,7 @@ class StepBudget:
 
     left: int
     longest: int  # a sequence with more positions to compute than this is long
+    with_chunks: list[Sequence] = field(default_factory=list)  # running ones that need more than one position
     reserve: int = 0
     long: Sequence | None = None
 

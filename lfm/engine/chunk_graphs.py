@@ -1,0 +1,117 @@
+"""CUDA graphs of steps with chunks of prompts, whose 600 kernels take longer to launch one by one than to run.
+
+A graph has room for so many tokens and rows; what a step leaves of it is padding, which names the scratch block and no
+expert. Behind the layers all is launched as usual: the head takes the rows that sample, whatever their number. Beyond
+MAX_TOKENS the device is busy for longer than launching takes, and there is no graph.
+
+Captured as the graphs of decode steps are: by the engine thread, between steps, once a step has asked for a size, on
+padding alone. Legend: T tokens, S rows, D hidden.
+"""
+
+import logging
+from bisect import bisect_left
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lfm.engine.batch import BatchBuilder, Sizes
+from lfm.engine.sampling_rows import SamplingRows
+from lfm.engine.step import ScheduledBatch
+from lfm.kernels.forward_batch import CacheTensors
+from lfm.model.lfm2 import Lfm2
+from lfm.model.ops import Ops
+
+logger = logging.getLogger(__name__)
+
+# Few sizes, since each costs a capture and memory: padding tokens cost dense products, padding rows almost nothing.
+TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
+MAX_TOKENS = TOKENS[-1]
+ROWS = (8, 32, 128, 256, 512, 1024)  # and one of padding, which owns the padding tokens
+
+
+@dataclass(slots=True)
+class ChunkGraph:
+    """One captured size: its input buffer and its outputs."""
+
+    sizes: Sizes
+    inputs: Tensor  # int64 [sizes.num_ints] on the device
+    graph: torch.cuda.CUDAGraph
+    hidden_TD: Tensor
+    is_finite_S: Tensor
+    num_replayed: int = 0
+
+    def replay(self) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, D], and whether those of each row are finite [S]. Overwritten by the next replay."""
+        self.graph.replay()
+        self.num_replayed += 1
+        return self.hidden_TD, self.is_finite_S
+
+
+class ChunkGraphs:
+    """All captured sizes of one runner. They share one memory pool."""
+
+    def __init__(self, model: Lfm2, cache: CacheTensors, rows: SamplingRows, builder: BatchBuilder, ops: Ops) -> None:
+        self._model, self._cache, self._rows, self._builder, self._ops = model, cache, rows, builder, ops
+        self._graphs: dict[Sizes, ChunkGraph] = {}
+        self._wanted: dict[Sizes, None] = {}
+        self._memory_pool = torch.cuda.graph_pool_handle()
+        self._is_broken = False
+
+    @property
+    def num_replayed(self) -> int:
+        return sum(graph.num_replayed for graph in self._graphs.values())
+
+    def find(self, batch: ScheduledBatch) -> ChunkGraph | None:
+        """The graph for a step; None if it is too large or has no graph yet."""
+        num_tokens = batch.num_tokens
+        if num_tokens > MAX_TOKENS or len(batch.rows) > ROWS[-1] or self._is_broken:
+            return None
+        sizes = self._sizes(num_tokens, len(batch.rows))
+        graph = self._graphs.get(sizes)
+        if graph is None:
+            self._wanted[sizes] = None
+        return graph
+
+    def capture_wanted(self) -> bool:
+        """Capture one graph that steps have asked for, if any. Called between steps; True if there was one.
+
+        If that fails, steps go on without these graphs: slower, and said in the log.
+        """
+        if not self._wanted:
+            return False
+        wanted = next(iter(self._wanted))
+        del self._wanted[wanted]
+        try:
+            self._graphs[wanted] = self._capture(wanted)
+        except RuntimeError:
+            logger.exception("a CUDA graph of chunks cannot be captured; going on without")
+            self._is_broken, self._graphs = True, {}
+        return True
+
+    def _sizes(self, num_tokens: int, num_rows: int) -> Sizes:
+        tokens = TOKENS[bisect_left(TOKENS, num_tokens)]
+        rows = min(ROWS[bisect_left(ROWS, num_rows)], self._rows.num_rows) + 1
+        rows += rows == tokens  # as many tokens as rows would look like a decode step
+        return Sizes(tokens, rows, self._builder.max_writes(tokens, rows))
+
+    @torch.inference_mode()
+    def _capture(self, sizes: Sizes) -> ChunkGraph:
+        inputs = torch.from_numpy(self._builder.padding(sizes)).to(self._rows.device)
+        self._forward(inputs, sizes)  # compiles kernels, makes the libraries' handles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory_pool):
+            hidden_TD, is_finite_S = self._forward(inputs, sizes)
+        return ChunkGraph(sizes, inputs, graph, hidden_TD, is_finite_S)
+
+    def _forward(self, inputs: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+        batch = self._builder.forward_batch(inputs, sizes, self._rows.last_ids_R)
+        hidden_TD = self._model(batch, self._cache, self._ops)
+        return hidden_TD, finite_rows(hidden_TD, batch.rows_T, sizes.rows)
+
+
+def finite_rows(hidden_TD: Tensor, rows_T: Tensor, num_rows: int) -> Tensor:
+    """Whether every hidden state of a row is finite [S]: what a NaN anywhere in its chunk would show in."""
+    is_bad_T = (~hidden_TD.isfinite().all(dim=1)).to(torch.int32)
+    num_bad_S = torch.zeros(num_rows, dtype=torch.int32, device=hidden_TD.device)
+    return num_bad_S.index_add_(0, rows_T, is_bad_T) == 0

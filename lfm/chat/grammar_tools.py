@@ -22,6 +22,7 @@ from lfm.errors import RequestError
 from lfm.protocol import MAX_SCHEMAS_BYTES, MAX_TOOLS, GrammarSpec
 
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+MAX_SPECS = 8  # grammars remembered of one set of tools
 JSON_REQUEST = "Output function calls as JSON"  # what the model was trained to find in its system prompt
 
 Mode = Literal["none", "auto", "required"]
@@ -71,7 +72,8 @@ class ToolSet:
             self._add(item, f"{param}[{index}]", notes, max_tokens, syntax)
         self.names = tuple(self._tools)
         self.notes = tuple(notes)
-        self._specs: dict[tuple[object, ...], GrammarSpec] = {}
+        self._specs: OrderedDict[tuple[object, ...], tuple[AnswerFormat | None, GrammarSpec]] = OrderedDict()
+        self._specs_lock = threading.Lock()
 
     def _add(self, item: object, where: str, notes: list[str], max_tokens: int, syntax: ToolSyntax) -> None:
         raw = typed(item, dict, where)
@@ -129,9 +131,11 @@ class ToolSet:
         answer: AnswerFormat | None = None,
     ) -> GrammarSpec:
         """The grammar of calls of the chosen tools, whose mode must not be "none"; see `calls_grammar`."""
-        key = (choice, special, form, is_parallel)
-        if answer is None and key in self._specs:
-            return self._specs[key]
+        key = (choice, special, form, is_parallel, id(answer))  # the entry keeps the answer's format, and so its id
+        with self._specs_lock:
+            if key in self._specs:
+                self._specs.move_to_end(key)
+                return self._specs[key][1]
         chosen = [tool for name, tool in self._tools.items() if choice.names is None or name in choice.names]
         spec = calls_grammar(
             chosen,
@@ -141,8 +145,10 @@ class ToolSet:
             is_required=choice.mode == "required",
             answer=answer,
         )
-        if answer is None:
-            self._specs[key] = spec
+        with self._specs_lock:
+            self._specs[key] = (answer, spec)
+            if len(self._specs) > MAX_SPECS:
+                self._specs.popitem(last=False)
         return spec
 
 

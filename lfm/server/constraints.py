@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from lfm.chat.grammar import AnswerFormat, answer_grammar
-from lfm.chat.grammar_formats import parse_answer_format
 from lfm.chat.grammar_tools import JSON_REQUEST, ToolChoice, ToolSet, call_form, parse_tool_choice
 from lfm.chat.messages import Message
 from lfm.chat.prompt import build_prompt
@@ -162,9 +161,7 @@ def _read_rules(messages: Sequence[Message], fields: OutputFields, state: AppSta
     if not fields.has_no_tools:
         tools = state.grammars.tool_sets.read(fields.tools, syntax=fields.tool_syntax)
     choice = parse_tool_choice(fields.tool_choice, () if tools is None else tools.names)
-    answer, notes = parse_answer_format(
-        fields.answer_format, max_tokens=state.grammars.max_tokens, param=fields.format_param
-    )
+    answer, notes = state.grammars.answer_formats.read(fields.answer_format, param=fields.format_param)
     form = call_form(messages, fields.tool_format)
     is_told = tools is None or form == "pythonic" or call_form(messages) == "json"
     rules = OutputRules(

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Protocol
 
+from lfm.chat.grammar_formats import AnswerFormats
 from lfm.chat.grammar_tools import ToolSets
 from lfm.chat.tokenizer import Tokenizer
 from lfm.engine.client import EngineBackend
@@ -35,12 +36,11 @@ class Grammars:
 
     @cached_property
     def tool_sets(self) -> ToolSets:
-        return ToolSets(max_tokens=self.max_tokens)
+        return ToolSets(max_tokens=self._backend.info.max_model_len)
 
-    @property
-    def max_tokens(self) -> int:
-        """The longest answer that the context allows."""
-        return self._backend.info.max_model_len
+    @cached_property
+    def answer_formats(self) -> AnswerFormats:
+        return AnswerFormats(max_tokens=self._backend.info.max_model_len)
 
     async def check(self, spec: GrammarSpec, *, param: str) -> None:
         """Return if an engine can be given this grammar. Raises RequestError naming `param` if not."""

@@ -2,7 +2,16 @@
 
 import pytest
 
-from lfm.chat.grammar_tools import ANTHROPIC_TOOLS, ToolChoice, ToolSet, ToolSets, call_form, parse_tool_choice
+from lfm.chat.grammar_formats import AnswerFormats
+from lfm.chat.grammar_tools import (
+    ANTHROPIC_TOOLS,
+    MAX_SPECS,
+    ToolChoice,
+    ToolSet,
+    ToolSets,
+    call_form,
+    parse_tool_choice,
+)
 from lfm.chat.messages import Message
 from lfm.errors import RequestError
 from tests.chat.grammar_walks import allowed_ids, grammars, tokenizer
@@ -103,6 +112,26 @@ def test_the_same_tools_are_read_once_and_old_ones_are_forgotten() -> None:
     for index in range(30):
         shelf.read([function(f"b{index}", CITY)])
     assert shelf.read([function("a", CITY)]) is not first
+
+
+def test_the_same_answer_format_is_read_once_and_makes_the_same_grammar_with_tools() -> None:
+    shelf, tools = AnswerFormats(max_tokens=CONTEXT, max_bytes=2000), read(function("a", CITY))
+    value = {"type": "json_schema", "schema": {**CITY, "x-note": 1}}
+    first, notes = shelf.read(value)
+    assert shelf.read(dict(value)) == (first, notes)
+    assert shelf.read(value)[0] is first
+    assert len(notes) == 1
+    specs = [tools.grammar(ToolChoice(), special=tokenizer().special, answer=shelf.read(value)[0]) for _ in range(2)]
+    assert specs[0] is specs[1]
+    assert tools.grammar(ToolChoice(), special=tokenizer().special) != specs[0]
+    for index in range(60):
+        other, _ = shelf.read({"type": "regex", "pattern": f"a{{{index}}}"})
+        assert tools.grammar(ToolChoice(), special=tokenizer().special, answer=other) != specs[0]
+    assert len(tools._specs) == MAX_SPECS
+    assert shelf.read(value)[0] is not first
+    with pytest.raises(RequestError) as caught:
+        shelf.read({"type": "regex", "pattern": "("}, param="text.format")
+    assert caught.value.param == "text.format.pattern"
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,8 @@ class ModelConfig:
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+Quantize = Literal["none", "fp8"]
+KvDtype = Literal["auto", "fp8"]
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -146,8 +148,8 @@ class EngineConfig:
     revision: str | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"
-    quantize: str = "none"
-    kv_dtype: str = "auto"
+    quantize: Quantize = "none"
+    kv_dtype: KvDtype = "auto"
     max_model_len: int | None = None
     max_running: int | None = None
     step_tokens: int | None = None
@@ -163,10 +165,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float64"))
-        if self.quantize != "none":
-            raise UsageError(f"--quantize {self.quantize} does not exist yet. Allowed: none.")
-        if self.kv_dtype != "auto":
-            raise UsageError(f"--kv-dtype {self.kv_dtype} does not exist yet. Allowed: auto.")
+        _one_of("quantize", self.quantize, ("none", "fp8"))
+        _one_of("kv_dtype", self.kv_dtype, ("auto", "fp8"))
         _in_range("max_model_len", self.max_model_len, 2, 1_048_576)
         _in_range("max_running", self.max_running, 1, 1024)
         _in_range("step_tokens", self.step_tokens, 1, MAX_STEP_TOKENS)
@@ -188,6 +188,8 @@ class EnginePlan:
 
     device: str  # "cpu" or "cuda:0"
     dtype: Literal["float32", "bfloat16", "float64"]
+    quantize: Quantize = "none"
+    kv_dtype: KvDtype = "auto"
     max_model_len: int
     max_running: int
     step_tokens: int

@@ -212,11 +212,14 @@ def test_more_sequences_than_a_device_may_run_are_wrong_usage() -> None:
 
 def test_what_fits_is_listed_for_every_device_and_precision() -> None:
     fits = {(fit.device, fit.dtype): fit for fit in fits_on(LFM2_24B, gpu_machine(), memory_fraction=0.95)}
-    assert list(fits) == [("cuda:0", "bfloat16"), ("cuda:0", "float32"), ("cpu", "bfloat16"), ("cpu", "float32")]
-    on_gpu = fits["cuda:0", "bfloat16"]
+    on_gpu, on_cpu = ["bfloat16", "float32", "fp8"], ["bfloat16", "float32"]
+    assert list(fits) == [("cuda:0", dtype) for dtype in on_gpu] + [("cpu", dtype) for dtype in on_cpu]
+    assert fits["cuda:0", "fp8"].weight_bytes < 0.52 * fits["cuda:0", "bfloat16"].weight_bytes
+    assert fits["cuda:0", "fp8"].cache_bytes // fits["cuda:0", "fp8"].block_bytes * 128 > 8_000_000  # tokens
+    in_bf16 = fits["cuda:0", "bfloat16"]
     per_sequence = block_bytes(LFM2_24B, block_size=128, dtype="bfloat16") * (32_768 // 128 + 1)
-    assert on_gpu.num_sequences(32_768) == on_gpu.cache_bytes // per_sequence > 100
-    assert on_gpu.num_sequences(128) == 1024  # no more may run, however much fits
+    assert in_bf16.num_sequences(32_768) == in_bf16.cache_bytes // per_sequence > 100
+    assert in_bf16.num_sequences(128) == 1024  # no more may run, however much fits
     assert fits["cpu", "float32"].cache_bytes < 0
     assert fits["cpu", "float32"].num_sequences(128) == 0
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lfm.config import Device, EngineConfig, ServerConfig
+from lfm.config import Device, EngineConfig, KvDtype, Quantize, ServerConfig
 
 ENGINE = EngineConfig()
 SERVER = ServerConfig()
@@ -29,8 +29,8 @@ DeviceFlag = Annotated[Device, flag("device", "Where to run.", panel=_ENGINE)]
 DtypeFlag = Annotated[
     Literal["auto", "float32", "bfloat16"], flag("dtype", "Number format of weights and activations.", panel=_ENGINE)
 ]
-QuantizeFlag = Annotated[str, flag("quantize", "Weight quantisation: none|fp8|int8|int4.", panel=_ENGINE)]
-KvDtypeFlag = Annotated[str, flag("kv_dtype", "Number format of the K/V cache: auto|fp8.", panel=_ENGINE)]
+QuantizeFlag = Annotated[Quantize, flag("quantize", "Number format of projections and experts.", panel=_ENGINE)]
+KvDtypeFlag = Annotated[KvDtype, flag("kv_dtype", "Number format of the K/V cache.", panel=_ENGINE)]
 MaxModelLenFlag = Annotated[
     int | None, flag("max_model_len", "Longest prompt plus output, in tokens. Unset: what fits.", panel=_ENGINE)
 ]

@@ -23,6 +23,7 @@ from lfm.engine.warm_up import measure_workspace
 from lfm.errors import MachineError
 from lfm.kernels.attention import is_paged_fast
 from lfm.kernels.forward_batch import CacheTensors
+from lfm.kernels.fp8 import FP8
 from lfm.model.lfm2 import Lfm2
 from lfm.model.ops import FAST, REFERENCE, Ops
 from lfm.model.pack import pack
@@ -65,14 +66,14 @@ def build_engine(config: EngineConfig, *, on_phase: Callable[[str], None] = lamb
 
 def load_model(source: ModelSource, plan: EnginePlan, *, on_phase: Callable[[str], None] = lambda line: None) -> Lfm2:
     """The model on the plan's device and dtype: from the folder, or random for a preset."""
-    device, dtype = torch.device(plan.device), DTYPES[plan.dtype]
+    device, dtype, is_quantised = torch.device(plan.device), DTYPES[plan.dtype], plan.quantize == "fp8"
     with torch.device("meta"):
         model = Lfm2(source.config)
     if source.folder is not None:
-        load_weights(model, source.folder, device=device, dtype=dtype, on_progress=on_phase)
+        load_weights(model, source.folder, device=device, dtype=dtype, quantise=is_quantised, on_progress=on_phase)
     else:
         on_phase(f"making random weights for {source.name}")
-        fill_random(model, device=device, dtype=dtype, seed=plan.seed)
+        fill_random(model, device=device, dtype=dtype, seed=plan.seed, is_quantised=is_quantised)
     return pack(model.requires_grad_(False).eval())
 
 
@@ -106,7 +107,7 @@ def assemble_engine(
     runner.cache = _cache(config, plan, num_blocks)
     scheduler = Scheduler(
         BlockPool(num_blocks),
-        BlockHasher(os.urandom(32), model=name, kv_dtype=plan.dtype),
+        BlockHasher(os.urandom(32), model=name, kv_dtype=plan.dtype if plan.kv_dtype == "auto" else plan.kv_dtype),
         block_size=plan.block_size,
         max_running=plan.max_running,
         step_tokens=plan.step_tokens,
@@ -136,6 +137,7 @@ def _cache(config: ModelConfig, plan: EnginePlan, num_blocks: int) -> CacheTenso
         block_size=plan.block_size,
         dtype=DTYPES[plan.dtype],
         device=torch.device(plan.device),
+        kv_dtype=FP8 if plan.kv_dtype == "fp8" else None,
     )
 
 
@@ -146,7 +148,7 @@ def _measure_num_blocks(runner: Runner, plan: EnginePlan) -> int:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     budget = free - round((1 - plan.memory_fraction) * total) - workspace
-    per_block = block_bytes(config, block_size=plan.block_size, dtype=plan.dtype)
+    per_block = block_bytes(config, block_size=plan.block_size, dtype=plan.dtype, kv_dtype=plan.kv_dtype)
     num_blocks = budget // per_block
     if num_blocks * plan.block_size < plan.max_model_len:
         raise MachineError(

@@ -4,6 +4,7 @@ Asking torch about GPUs creates a CUDA context, so only processes that will use 
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,11 @@ class Place:
     def is_gpu(self) -> bool:
         return self.device != "cpu"
 
+    @property
+    def index(self) -> int:
+        """Which of the machine's GPUs; of a GPU only."""
+        return int(self.device.removeprefix("cuda:"))
+
 
 def cpu_place(machine: Machine, *, memory_fraction: float) -> Place:
     """`memory_fraction` of the memory that is available now."""
@@ -80,8 +86,11 @@ def _probe_cuda() -> tuple[tuple[Gpu, ...], str]:
 
     if torch.version.cuda is None:
         return (), f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
-        return (), f"torch {torch.__version__} sees no CUDA device"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an old driver is warned of at length; the reason is asked for below
+        is_available = torch.cuda.is_available()
+    if not is_available:
+        return (), _why_no_cuda()
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -89,6 +98,18 @@ def _probe_cuda() -> tuple[tuple[Gpu, ...], str]:
         capability = (properties.major, properties.minor)
         gpus.append(Gpu(name=properties.name, total_bytes=total, free_bytes=free, capability=capability))
     return tuple(gpus), ""
+
+
+def _why_no_cuda() -> str:
+    """Why torch sees no device, in its own first sentence: no driver, one that is too old, or none is visible."""
+    import torch
+
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        sentence = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        return f"torch {torch.__version__} sees no CUDA device ({sentence[:200]})"
+    return f"torch {torch.__version__} sees no CUDA device"
 
 
 def _probe_memory() -> tuple[int, int]:

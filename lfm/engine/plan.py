@@ -23,6 +23,7 @@ from lfm.model.sizes import (
 )
 
 MIN_CAPABILITY = (8, 0)  # bfloat16 tensor cores
+FP8_MIN_CAPABILITY = (8, 9)  # conversions and products of e4m3
 GPU_STEP_TOKENS, GPU_STEP_TOKENS_DECODING, CPU_STEP_TOKENS = 8192, 2048, 512
 CPU_STEP_TOKENS_LARGE = 128  # a step of a large model has to end well before it would be called stuck
 GPU_MAX_RUNNING, CPU_MAX_RUNNING = 1024, 64
@@ -43,20 +44,18 @@ def plan_engine(config: EngineConfig, model: ModelConfig, *, machine: Machine | 
     machine = probe_machine() if machine is None else machine
     try:
         return _Planner(config, model, machine=machine).plan()
-    except _DoesNotFitError as error:
+    except _LackError as error:
         fix = _find_fix(config, model, machine=machine)
-        way_out = f"Run: {fix}" if fix else f"Use a machine that can give {format_bytes(error.needed_bytes)}."
-        raise MachineError(f"{config.model} needs {error.needed}; {error.had}. {way_out}") from None
+        raise MachineError(f"{error.cause}. {f'Run: {fix}' if fix else error.wanted}") from None
 
 
-class _DoesNotFitError(Exception):
-    """What was needed and what there was, for the one message that `plan_engine` makes of it."""
+class _LackError(Exception):
+    """What the machine lacks, and which machine would do, for the one message that `plan_engine` makes of it."""
 
-    def __init__(self, needed: str, *, needed_bytes: int, had: str) -> None:
-        super().__init__(needed)
-        self.needed = needed
-        self.needed_bytes = needed_bytes
-        self.had = had
+    def __init__(self, cause: str, *, wanted: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.wanted = wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +82,10 @@ class _Planner:
         self._reasons: list[str] = []
 
     def plan(self) -> EnginePlan:
-        """Raises _DoesNotFitError, MachineError (no such device) or UsageError."""
+        """Raises _LackError or UsageError."""
         config = self._config
         place = self._choose_place()
+        self._check_fp8(place)
         dtype = self._choose_dtype(place)
         step_tokens, step_tokens_decoding = self._choose_step_tokens(place)
         most_running = self._most_running(place)
@@ -96,6 +96,8 @@ class _Planner:
         return EnginePlan(
             device=place.device,
             dtype=dtype,
+            quantize=config.quantize,
+            kv_dtype=config.kv_dtype,
             max_model_len=context,
             max_running=max_running,
             step_tokens=step_tokens,
@@ -118,14 +120,36 @@ class _Planner:
         asked, machine, fraction = self._config.device, self._machine, self._config.memory_fraction
         no_gpu = _why_no_gpu(machine)
         if asked == "cuda" and no_gpu is not None:
-            raise MachineError(
-                f"--device cuda cannot be had: {no_gpu}. Use --device cpu, or a machine with a newer GPU."
-            )
+            raise _LackError(f"--device cuda cannot be had: {no_gpu}", wanted=_wanted_gpu(MIN_CAPABILITY))
         if asked == "cpu" or no_gpu is not None:
             self._say(f"device cpu, {machine.cpu_count} cores", no_gpu if asked == "auto" and no_gpu else "named")
             return cpu_place(machine, memory_fraction=fraction)
         self._say(f"device cuda:0, {machine.cuda_devices[0].name}", "named" if asked == "cuda" else "it is there")
         return gpu_place(machine, index=0, memory_fraction=fraction)
+
+    def _check_fp8(self, place: Place) -> None:
+        """A GPU computes with fp8 in hardware or not at all; on a CPU only the cache can be in fp8, to save memory."""
+        config = self._config
+        if config.quantize == "fp8" and not place.is_gpu:
+            reason = "--device cpu" if config.device == "cpu" else _why_no_gpu(self._machine)
+            cause = f"--quantize fp8 needs a GPU of compute capability {_dotted(FP8_MIN_CAPABILITY)} or later: {reason}"
+            raise _LackError(cause, wanted=_wanted_gpu(FP8_MIN_CAPABILITY))
+        flags = [f"--quantize {config.quantize}"] if config.quantize == "fp8" else []
+        flags += [f"--kv-dtype {config.kv_dtype}"] if config.kv_dtype == "fp8" else []
+        if not flags:
+            return
+        if place.is_gpu:
+            gpu = self._machine.cuda_devices[0]
+            if gpu.capability < FP8_MIN_CAPABILITY:
+                has, least = _dotted(gpu.capability), _dotted(FP8_MIN_CAPABILITY)
+                cause = f"{' and '.join(flags)}: {gpu.name} has compute capability {has}, fp8 begins at {least}"
+                raise _LackError(cause, wanted=_wanted_gpu(FP8_MIN_CAPABILITY))
+            if config.dtype not in ("auto", "bfloat16"):
+                raise UsageError(f"{flags[0]} goes with --dtype bfloat16 on a GPU, not {config.dtype}.")
+        if config.quantize == "fp8":
+            self._say("weights in fp8", "named; router, norms, embedding and head stay as they are")
+        if config.kv_dtype == "fp8":
+            self._say("K/V cache in fp8", "named")
 
     def _choose_dtype(self, place: Place) -> DtypeName:
         if self._config.dtype != "auto":
@@ -176,16 +200,22 @@ class _Planner:
 
     def _measure_pool(self, place: Place, dtype: DtypeName, *, step_tokens: int, most_running: int) -> _Pool:
         block_size = self._config.block_size or default_block_size(self._model, place)
-        weights = weight_bytes(self._model, dtype)
+        quantize, kv_dtype = self._config.quantize, self._config.kv_dtype
+        weights = weight_bytes(self._model, dtype, quantize=quantize)
         work = workspace_bytes(self._model, step_tokens=step_tokens, max_running=most_running, dtype=dtype)
-        per_block = block_bytes(self._model, block_size=block_size, dtype=dtype)
+        per_block = block_bytes(self._model, block_size=block_size, dtype=dtype, kv_dtype=kv_dtype)
         fixed = weights + work
         if fixed + 2 * per_block > place.budget_bytes:
-            needed = f"{format_bytes(weights)} for weights in {dtype} and {format_bytes(work)} to work in"
-            raise _DoesNotFitError(needed, needed_bytes=fixed + 2 * per_block, had=place.had)
+            kind = dtype if quantize == "none" else quantize
+            needed = f"{format_bytes(weights)} for weights in {kind} and {format_bytes(work)} to work in"
+            raise self._too_large(needed, fixed + 2 * per_block, place)
         # A named number of blocks serves tests and benchmarks, and may be small enough to force preemption.
         num_blocks = self._config.num_blocks or (place.budget_bytes - fixed) // per_block
         return _Pool(num_blocks=num_blocks, block_size=block_size, block_bytes=per_block, fixed_bytes=fixed)
+
+    def _too_large(self, needed: str, needed_bytes: int, place: Place) -> _LackError:
+        wanted = f"Use a machine that can give {format_bytes(needed_bytes)}."
+        return _LackError(f"{self._config.model} needs {needed}; {place.had}", wanted=wanted)
 
     def _choose_context(self, place: Place, pool: _Pool) -> int:
         named, limit = self._config.max_model_len, self._model.max_position_embeddings
@@ -201,7 +231,7 @@ class _Planner:
                 f"{format_bytes(pool.fixed_bytes)} for weights and work and {format_bytes(cache)} "
                 f"for a context of {wanted:,} tokens"
             )
-            raise _DoesNotFitError(needed, needed_bytes=pool.fixed_bytes + cache, had=place.had)
+            raise self._too_large(needed, pool.fixed_bytes + cache, place)
         if named is not None:
             self._say(f"context {wanted:,} tokens", "named")
         elif fitting < wanted:
@@ -256,8 +286,15 @@ def _why_no_gpu(machine: Machine) -> str | None:
     gpu = machine.cuda_devices[0]
     if gpu.capability >= MIN_CAPABILITY:
         return None
-    has, least = ".".join(map(str, gpu.capability)), ".".join(map(str, MIN_CAPABILITY))
-    return f"{gpu.name} has compute capability {has}, below {least}"
+    return f"{gpu.name} has compute capability {_dotted(gpu.capability)}, below {_dotted(MIN_CAPABILITY)}"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def _wanted_gpu(capability: tuple[int, int]) -> str:
+    return f"Use a machine with an NVIDIA GPU of compute capability {_dotted(capability)} or later."
 
 
 def _find_fix(config: EngineConfig, model: ModelConfig, *, machine: Machine) -> str | None:
@@ -265,7 +302,7 @@ def _find_fix(config: EngineConfig, model: ModelConfig, *, machine: Machine) -> 
     for candidate, candidate_model in _alternatives(config, model):
         try:
             plan = _Planner(candidate, candidate_model, machine=machine).plan()
-        except (_DoesNotFitError, LfmError):
+        except (_LackError, LfmError):
             continue  # this one is no way out either
         if config.max_model_len is not None:  # name the context that fits, as the user named one
             candidate = replace(candidate, max_model_len=plan.max_model_len)
@@ -283,21 +320,27 @@ def _alternatives(config: EngineConfig, model: ModelConfig) -> Iterator[tuple[En
     yield free, model
     yield replace(config, dtype="bfloat16"), model
     yield replace(free, dtype="bfloat16"), model
-    yield replace(free, dtype="auto", device="cpu"), model
+    yield replace(config, dtype="auto", quantize="fp8", kv_dtype="fp8"), model
+    plain = replace(config, quantize="none", kv_dtype="auto")
+    yield plain, model
+    plain = replace(plain, max_model_len=None, dtype="auto")
+    yield plain, model
+    yield replace(plain, device="cpu"), model
     if num_parameters(small) < num_parameters(model):
         name = "random:lfm2-8b-a1b" if is_random else "LiquidAI/LFM2-8B-A1B"
-        yield replace(free, dtype="auto", model=name), small
-        yield replace(free, dtype="auto", model=name, device="cpu"), small
+        yield replace(plain, model=name), small
+        yield replace(plain, model=name, device="cpu"), small
     if is_random:
-        yield replace(free, dtype="auto", model="random:tiny"), tiny
-        yield replace(free, dtype="auto", model="random:tiny", device="cpu"), tiny
+        yield replace(plain, model="random:tiny"), tiny
+        yield replace(plain, model="random:tiny", device="cpu"), tiny
 
 
 def _command(config: EngineConfig) -> str:
     """The `lfm serve` line of a config, with the flags that decide memory."""
     default = EngineConfig()
     words = [f"lfm serve {config.model}"]
-    for name in ("device", "dtype", "max_model_len", "max_running", "step_tokens", "block_size", "memory_fraction"):
+    names = ("device", "dtype", "quantize", "kv_dtype", "max_model_len", "max_running", "step_tokens", "block_size")
+    for name in (*names, "memory_fraction"):
         if getattr(config, name) != getattr(default, name):
             words.append(f"--{name.replace('_', '-')} {getattr(config, name)}")
     return " ".join(words)

@@ -6,7 +6,8 @@ RoPE is the rotate-half form on the whole head; angles in fp32, cos and sin roun
 (transformers Lfm2RotaryEmbedding).
 `qkv` and `attend` are the kernels of qk_rope.py, paged_decode.py and paged_prefill.py where these can run; together,
 since the fast `attend` reads K and V from the cache and the fast `qkv` returns none.
-Legend: T tokens, S rows, H q heads, G kv heads, K head dim, N blocks, B block size, C context.
+Legend: T tokens, S rows, H q heads, G kv heads, K head dim, N blocks, B block size, C context. K and V in fp8 have more
+rows than B per block: kv_layout.py.
 """
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lfm.kernels.forward_batch import ForwardBatch
+from lfm.kernels.fp8 import FP8
+from lfm.kernels.kv_fp8 import block_size_of, read_blocks, write_rows
 from lfm.kernels.norm import norm_project, project_ref, rms_norm_ref
 from lfm.kernels.paged_decode import GROUP_ROWS, decode_rows
 from lfm.kernels.paged_prefill import prefill_rows
@@ -69,9 +72,9 @@ def qkv_ref(
 
 
 def is_paged_fast(x: Tensor, num_heads: int, k_NGBK: Tensor) -> bool:
-    """Whether the kernels take activations `x`: a cache in its dtype, head sizes that matrix products can have."""
+    """Whether the kernels take activations `x`: a cache in its dtype or fp8, head sizes that a product can have."""
     _, num_groups, _, head_dim = k_NGBK.shape
-    has_cache = k_NGBK.numel() > 0 and k_NGBK.dtype == x.dtype and k_NGBK.is_contiguous()
+    has_cache = k_NGBK.numel() > 0 and k_NGBK.dtype in (x.dtype, FP8) and k_NGBK.is_contiguous()
     return runs_triton(x) and has_cache and head_dim in (32, 64, 128) and num_heads // num_groups <= GROUP_ROWS
 
 
@@ -97,10 +100,10 @@ def qkv(
 
 def write_kv_ref(k_TGK: Tensor, v_TGK: Tensor, batch: ForwardBatch, k_NGBK: Tensor, v_NGBK: Tensor) -> None:
     """Store K and V of the step's tokens at their slots. Idempotent; padding tokens go to the scratch block."""
-    block_size = k_NGBK.shape[2]
+    block_size = block_size_of(k_NGBK)
     blocks_T, offsets_T = batch.slots_T // block_size, batch.slots_T % block_size
-    k_NGBK[blocks_T, :, offsets_T] = k_TGK
-    v_NGBK[blocks_T, :, offsets_T] = v_TGK
+    write_rows(k_TGK, blocks_T, offsets_T, k_NGBK)
+    write_rows(v_TGK, blocks_T, offsets_T, v_NGBK)
 
 
 def _attend_rows(q_GMK: Tensor, k_GCK: Tensor, v_GCK: Tensor, positions_M: Tensor) -> Tensor:
@@ -132,8 +135,8 @@ def _attend_decode(q_SHK: Tensor, k_NGBK: Tensor, v_NGBK: Tensor, tables_SN: Ten
     """One query per row, all rows at once. Slots past a row's end hold garbage, NaN even, so K and V are cleaned."""
     rows, num_heads, head_dim = q_SHK.shape
     num_groups = k_NGBK.shape[1]
-    k_SGCK = k_NGBK[tables_SN].transpose(1, 2).reshape(rows, num_groups, -1, head_dim)
-    v_SGCK = v_NGBK[tables_SN].transpose(1, 2).reshape(rows, num_groups, -1, head_dim)
+    k_SGCK = read_blocks(k_NGBK, tables_SN, q_SHK.dtype).transpose(1, 2).reshape(rows, num_groups, -1, head_dim)
+    v_SGCK = read_blocks(v_NGBK, tables_SN, q_SHK.dtype).transpose(1, 2).reshape(rows, num_groups, -1, head_dim)
     keys_C = torch.arange(k_SGCK.shape[2], device=q_SHK.device)
     valid_SC = keys_C[None, :] <= positions_S[:, None]
     clean = valid_SC[:, None, :, None]
@@ -151,7 +154,7 @@ def attend_ref(
     The scheduler puts decode rows first, so they are a prefix of the batch.
     """
     del k_TGK, v_TGK  # already in the cache
-    row_starts, block_size = batch.row_starts, k_NGBK.shape[2]
+    row_starts, block_size = batch.row_starts, block_size_of(k_NGBK)
     num_decode = 0
     while num_decode < batch.num_rows and row_starts[num_decode + 1] - row_starts[num_decode] == 1:
         num_decode += 1
@@ -167,8 +170,8 @@ def attend_ref(
         begin, end = row_starts[row], row_starts[row + 1]
         context = batch.starts[row] + end - begin
         table = batch.block_tables_SN[row, : -(-context // block_size)]
-        k_GCK = k_NGBK[table].transpose(0, 1).flatten(1, 2)[:, :context]
-        v_GCK = v_NGBK[table].transpose(0, 1).flatten(1, 2)[:, :context]
+        k_GCK = read_blocks(k_NGBK, table, q_THK.dtype).transpose(0, 1).flatten(1, 2)[:, :context]
+        v_GCK = read_blocks(v_NGBK, table, q_THK.dtype).transpose(0, 1).flatten(1, 2)[:, :context]
         outputs.append(_attend_chunk(q_THK[begin:end], k_GCK, v_GCK, batch.starts[row]))
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from lfm.config import ModelConfig
+from lfm.kernels.fp8 import FP8
+from lfm.kernels.kv_layout import num_rows
 
 SCRATCH_BLOCK = 0
 
@@ -63,26 +65,38 @@ class ForwardBatch:
 class CacheTensors:
     """The pool: one block id indexes every tensor of it."""
 
-    k: list[Tensor]  # per attention layer [N, G, B, K]
-    v: list[Tensor]  # per attention layer [N, G, B, K]
+    k: list[Tensor]  # per attention layer [N, G, B, K]; in fp8 [N, G, R, K] with more rows, see kv_layout.py
+    v: list[Tensor]  # per attention layer, as k
     tails: list[Tensor]  # per conv layer [N, L - 1, D]
     block_size: int
 
     @classmethod
     def allocate(
-        cls, config: ModelConfig, num_blocks: int, *, block_size: int, dtype: torch.dtype, device: torch.device
+        cls,
+        config: ModelConfig,
+        num_blocks: int,
+        *,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_dtype: torch.dtype | None = None,
     ) -> "CacheTensors":
-        """Reserve the pool, uninitialised: nothing may depend on what a fresh block contains."""
-        kv_shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
+        """Reserve the pool, uninitialised: nothing may depend on what a fresh block contains.
+
+        K and V get `kv_dtype`, or `dtype` like all else.
+        """
+        kv_dtype = kv_dtype or dtype
+        rows = num_rows(block_size, config.head_dim, is_fp8=kv_dtype == FP8)
+        kv_shape = (num_blocks, config.num_key_value_heads, rows, config.head_dim)
         tail_shape = (num_blocks, config.conv_L_cache - 1, config.hidden_size)
 
-        def empty(shape: tuple[int, ...]) -> Tensor:
+        def empty(shape: tuple[int, ...], dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         num_attention, num_conv = len(config.attention_layers), len(config.conv_layers)
         return cls(
-            k=[empty(kv_shape) for _ in range(num_attention)],
-            v=[empty(kv_shape) for _ in range(num_attention)],
+            k=[empty(kv_shape, kv_dtype) for _ in range(num_attention)],
+            v=[empty(kv_shape, kv_dtype) for _ in range(num_attention)],
             tails=[empty(tail_shape) for _ in range(num_conv)],
             block_size=block_size,
         )

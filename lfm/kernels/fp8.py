@@ -11,7 +11,6 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-FP8_MIN_CAPABILITY = (8, 9)  # conversions and products in hardware: Ada, Hopper and later
 
 
 def quantise_rows(values: Tensor) -> tuple[Tensor, Tensor]:

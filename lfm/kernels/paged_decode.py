@@ -5,7 +5,8 @@
 Program (kv head, row, part): the group's q heads, padded to 16, against one part of the keys, a tile at a time. A
 second launch merges the parts by their logarithmic sums, in order, so that a row's result depends on nothing but the
 row. How many parts there may be follows from shapes alone; a row uses as many as its length fills, and a program
-without keys ends at once. Bytes: 4 K G of K and V per key, once: 2 KB at the 24B's shapes.
+without keys ends at once. Bytes: 4 K G of K and V per key, once: 2 KB at the 24B's shapes. K and V in fp8 are half of
+that; they become q's dtype in registers, and their scales multiply scores and weights.
 
 Where rows share leading blocks, the programs begin behind those; the first part of a row takes in what
 `lfm.kernels.shared_prefix` left for it.
@@ -18,6 +19,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lfm.kernels.forward_batch import ForwardBatch
+from lfm.kernels.kv_fp8 import as_bytes, block_size_of, scale_of
 from lfm.kernels.paged_tiles import LOG2_E, key_offsets, row_parts, softmax_step
 from lfm.kernels.shared_prefix import PREFIX_PARTS, PREFIX_TILE, attend_prefix, new_parts
 from lfm.kernels.triton_guard import has_dependent_launch, tl, triton
@@ -75,12 +77,13 @@ def _take_in_prefix(
 
 @triton.jit(do_not_specialize=["table_stride", "parts", "min_tiles"])
 def _decode_kernel(
-    q_THK, k_NGBK, v_NGBK, tables_SN, starts_S, row_starts_S1, o_THK, part_SPHK, sum_SPH,
+    q_THK, k_NGBK, v_NGBK, k_bytes, v_bytes, tables_SN, starts_S, row_starts_S1, o_THK, part_SPHK, sum_SPH,
     shared_S, prefix_SPHK, prefix_sum_SPH, q_stride, table_stride, parts, min_tiles, scale,
-    G: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, K: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr,
+    G: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, K: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
+    TILE: tl.constexpr,
     PREFIX_PARTS: tl.constexpr, PREFIX_TILE: tl.constexpr, IS_MIXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """q [T, H, K] against K and V [blocks, G, B, K] -> o [T, H, K], or a part of it in fp32 and its log2 sum.
+    """q [T, H, K] against K and V [blocks, G, R, K] -> o [T, H, K], or a part of it in fp32 and its log2 sum.
 
     IS_MIXED: rows of other than one token are left out. PREFIX_PARTS > 0: the first `shared_S` blocks come in parts.
     Parts are the slowest axis: programs without keys come last, and those with keys spread over the whole GPU.
@@ -112,14 +115,19 @@ def _decode_kernel(
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, K], tl.float32)
     for n in range(begin, end, TILE):
-        offsets, is_key = key_offsets(table, block, n, end, g, G, K, B, TILE), n + keys < end
+        offsets, scale_offsets = key_offsets(table, block, n, end, g, G, K, B, R, TILE)
+        is_key = n + keys < end
         block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
         k = tl.load(k_NGBK + offsets[None, :] + dims[:, None], mask=is_key[None, :], other=0.0)
-        s = tl.dot(q, k)
+        s = tl.dot(q, k.to(q.dtype))
+        if R > B:
+            s *= scale_of(tl.load(k_bytes + scale_offsets, mask=is_key, other=0))[None, :]
         s = tl.where(is_key[None, :], s, float("-inf"))
         p, shrink, largest, total = softmax_step(s, largest, total, scale)
         v = tl.load(v_NGBK + offsets[:, None] + dims[None, :], mask=is_key[:, None], other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
+        if R > B:
+            p *= scale_of(tl.load(v_bytes + scale_offsets, mask=is_key, other=0))[None, :]
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None])
     if PREFIX_PARTS > 0:
         _, in_prefix = row_parts(shared, PREFIX_PARTS, 1, PREFIX_TILE)
         in_prefix = tl.where(split == 0, in_prefix, 0)
@@ -175,9 +183,9 @@ def decode_rows(
 ) -> None:
     """Write attention of the rows of one token to `o_THK`: of all rows, unless `is_mixed`."""
     num_heads, head_dim = q_THK.shape[1:]
-    num_groups, block_size = k_NGBK.shape[1:3]
+    num_groups, rows = k_NGBK.shape[1:3]
     num_rows, tables_SN = len(batch.starts_S), batch.block_tables_SN
-    group = num_heads // num_groups
+    group, block_size = num_heads // num_groups, block_size_of(k_NGBK)
     tiling = tiling_of(num_rows, num_groups)
     is_dependent = has_dependent_launch(q_THK.device)
     part_SPHK = sum_SPH = prefix_SPHK = prefix_sum_SPH = o_THK
@@ -187,10 +195,11 @@ def decode_rows(
         prefix_SPHK, prefix_sum_SPH = attend_prefix(q_THK, batch, k_NGBK, v_NGBK, is_mixed=is_mixed)
     shared_S = batch.starts_S if batch.shared is None else batch.shared.blocks_S
     _decode_kernel[(num_groups, num_rows, tiling.parts)](
-        q_THK, k_NGBK, v_NGBK, tables_SN, batch.starts_S, batch.row_starts_S1, o_THK, part_SPHK, sum_SPH,
+        q_THK, k_NGBK, v_NGBK, as_bytes(k_NGBK), as_bytes(v_NGBK), tables_SN, batch.starts_S, batch.row_starts_S1,
+        o_THK, part_SPHK, sum_SPH,
         shared_S, prefix_SPHK, prefix_sum_SPH, q_THK.stride(0), tables_SN.stride(0), tiling.parts, tiling.min_tiles,
         head_dim**-0.5 * LOG2_E,
-        G=num_groups, GROUP=group, M=GROUP_ROWS, K=head_dim, B=block_size, TILE=tiling.tile,
+        G=num_groups, GROUP=group, M=GROUP_ROWS, K=head_dim, B=block_size, R=rows, TILE=tiling.tile,
         PREFIX_PARTS=0 if batch.shared is None else PREFIX_PARTS, PREFIX_TILE=PREFIX_TILE,
         IS_MIXED=is_mixed, PDL=is_dependent,
         num_warps=tiling.warps, num_stages=tiling.stages, launch_pdl=is_dependent,

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lfm.kernels.forward_batch import ForwardBatch
+from lfm.kernels.kv_fp8 import as_bytes, block_size_of, scale_of
 from lfm.kernels.paged_tiles import LOG2_E, key_offsets, softmax_step
 from lfm.kernels.triton_guard import TensorDescriptor, has_dependent_launch, tl, triton
 
@@ -62,19 +63,21 @@ def _row_of_tile(row_starts_S1, num_rows, tile, TOKENS: tl.constexpr, CHUNK: tl.
 
 @triton.jit
 def _attend_tile(
-    q, k_NGBK, v_NGBK, table, block, n, end, g, positions, acc, largest, total, scale,
-    G: tl.constexpr, K: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, COPIES: tl.constexpr,
+    q, k_NGBK, v_NGBK, k_bytes, v_bytes, table, block, n, end, g, positions, acc, largest, total, scale,
+    G: tl.constexpr, K: tl.constexpr, B: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, COPIES: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the keys from n on. IS_MASKED: those after a query, and from `end` on, which may be NaN, are hidden."""
     dims, keys = tl.arange(0, K), n + tl.arange(0, TILE)
-    first = (block.to(tl.int32) * G + g) * B + n % B
-    offsets = key_offsets(table, block, n, end, g, G, K, B, TILE)
+    first = (block.to(tl.int32) * G + g) * R + n % B
+    offsets, scale_offsets = key_offsets(table, block, n, end, g, G, K, B, R, TILE)
     if COPIES:
         k = k_NGBK.load([first, 0]).T
     else:
         k = tl.load(k_NGBK + offsets[None, :] + dims[:, None])
-    s = tl.dot(q, k)
+    s = tl.dot(q, k.to(q.dtype))
+    if R > B:
+        s *= scale_of(tl.load(k_bytes + scale_offsets))[None, :]
     if IS_MASKED:
         s = tl.where(keys[None, :] <= positions[:, None], s, float("-inf"))
     p, shrink, largest, total = softmax_step(s, largest, total, scale)
@@ -82,19 +85,23 @@ def _attend_tile(
         v = v_NGBK.load([first, 0])
     else:
         v = tl.load(v_NGBK + offsets[:, None] + dims[None, :])
+    v = v.to(q.dtype)
     if IS_MASKED:
         v = tl.where((keys < end)[:, None], v, 0.0)
-    return tl.dot(p.to(v.dtype), v, acc * shrink[:, None]), largest, total
+    if R > B:
+        p *= scale_of(tl.load(v_bytes + scale_offsets, mask=keys < end, other=0))[None, :]
+    return tl.dot(p.to(q.dtype), v, acc * shrink[:, None]), largest, total
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_rows"])
 def _prefill_kernel(
-    q_THK, k_NGBK, v_NGBK, tables_SN, starts_S, row_starts_S1, o_THK, q_stride, table_stride, num_rows, scale,
-    G: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr, B: tl.constexpr,
+    q_THK, k_NGBK, v_NGBK, k_bytes, v_bytes, tables_SN, starts_S, row_starts_S1, o_THK, q_stride, table_stride,
+    num_rows, scale,
+    G: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
     TOKENS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, COPIES: tl.constexpr, SKIP_SINGLE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """q [T, H, K] against K and V [blocks, G, B, K] (COPIES: descriptors of [blocks G B, K]) -> o [T, H, K].
+    """q [T, H, K] against K and V [blocks, G, R, K] (COPIES: descriptors of [blocks G R, K]) -> o [T, H, K].
 
     Program (tile, kv head); matrix row i is token i // PADDED with q head i % PADDED of the group.
     """
@@ -126,14 +133,16 @@ def _prefill_kernel(
     for n in range(0, unmasked, TILE):
         next_block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
         acc, largest, total = _attend_tile(
-            q, k_NGBK, v_NGBK, table, block, n, end, g, positions, acc, largest, total, scale, G, K, B, TILE, COPIES,
+            q, k_NGBK, v_NGBK, k_bytes, v_bytes, table, block, n, end, g, positions, acc, largest, total, scale,
+            G, K, B, R, TILE, COPIES,
             False,
         )  # fmt: skip
         block = next_block
     for n in range(unmasked, end, TILE):
         next_block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
         acc, largest, total = _attend_tile(
-            q, k_NGBK, v_NGBK, table, block, n, end, g, positions, acc, largest, total, scale, G, K, B, TILE, COPIES,
+            q, k_NGBK, v_NGBK, k_bytes, v_bytes, table, block, n, end, g, positions, acc, largest, total, scale,
+            G, K, B, R, TILE, COPIES,
             True,
         )  # fmt: skip
         block = next_block
@@ -147,8 +156,8 @@ def prefill_rows(
 ) -> None:
     """Write attention of the rows' chunks to `o_THK`; with `skip_single`, of all but those of one token."""
     num_tokens, num_heads, head_dim = q_THK.shape
-    _, num_groups, block_size, _ = k_NGBK.shape
-    num_rows, group = len(batch.starts_S), num_heads // num_groups
+    num_groups, rows_per_block = k_NGBK.shape[1:3]
+    num_rows, group, block_size = len(batch.starts_S), num_heads // num_groups, block_size_of(k_NGBK)
     padded = triton.next_power_of_2(group)
     is_hopper = has_dependent_launch(q_THK.device)
     tiling = tiling_of(num_tokens, num_groups, head_dim, copies=is_hopper)
@@ -159,9 +168,10 @@ def prefill_rows(
         k, v = (TensorDescriptor.from_tensor(x.view(-1, head_dim), box) for x in (k_NGBK, v_NGBK))
     tokens = max(1, tiling.rows // padded)
     _prefill_kernel[(triton.cdiv(num_tokens, tokens) + num_rows, num_groups)](
-        q_THK, k, v, batch.block_tables_SN, batch.starts_S, batch.row_starts_S1, o_THK,
-        q_THK.stride(0), batch.block_tables_SN.stride(0), num_rows, head_dim**-0.5 * LOG2_E,
-        G=num_groups, GROUP=group, PADDED=padded, K=head_dim, B=block_size, TOKENS=tokens, TILE=tiling.keys,
+        q_THK, k, v, as_bytes(k_NGBK), as_bytes(v_NGBK), batch.block_tables_SN, batch.starts_S, batch.row_starts_S1,
+        o_THK, q_THK.stride(0), batch.block_tables_SN.stride(0), num_rows, head_dim**-0.5 * LOG2_E,
+        G=num_groups, GROUP=group, PADDED=padded, K=head_dim, B=block_size, R=rows_per_block, TOKENS=tokens,
+        TILE=tiling.keys,
         CHUNK=ROWS_AT_ONCE, COPIES=copies, SKIP_SINGLE=skip_single, PDL=is_hopper,
         num_warps=tiling.warps, num_stages=tiling.stages, maxnreg=tiling.registers, launch_pdl=is_hopper,
     )  # fmt: skip

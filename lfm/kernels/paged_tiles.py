@@ -1,7 +1,7 @@
 """What the kernels of paged attention share: parts of a row's keys, where those lie, and the online softmax.
 
 Softmax runs in base 2: scores are scaled by log2(e) / sqrt(K). Keys past a row's end hold garbage, NaN even.
-Legend: G kv heads, K head dim, B block size, M rows of a matrix product.
+Legend: G kv heads, K head dim, B block size, R rows of a block (kv_layout.py), M rows of a matrix product.
 """
 
 import math
@@ -20,14 +20,19 @@ def row_parts(num_keys, parts, min_tiles, TILE: tl.constexpr):
 
 
 @triton.jit
-def key_offsets(table, block, n, end, g, G: tl.constexpr, K: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr):
-    """Offsets [TILE] into K and V [blocks, G, B, K] of the keys from n on; `block` is the block of key n."""
+def key_offsets(
+    table, block, n, end, g, G: tl.constexpr, K: tl.constexpr, B: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Offsets [TILE] into K and V [blocks, G, R, K] of the keys from n on, and, in fp8 (R > B), into the bytes of their
+    scales; `block` is the block of key n."""
     keys = n + tl.arange(0, TILE)
     if B % TILE == 0:
-        return (block * G + g) * (B * K) + (keys % B) * K
+        first = (block * G + g) * (R * K)
+        return first + (keys % B) * K, first + B * K + keys % B
     else:
         keys = tl.minimum(keys, end - 1)
-        return (tl.load(table + keys // B) * G + g) * (B * K) + (keys % B) * K
+        first = (tl.load(table + keys // B) * G + g) * (R * K)
+        return first + (keys % B) * K, first + B * K + keys % B
 
 
 @triton.jit

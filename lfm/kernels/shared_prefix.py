@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lfm.kernels.forward_batch import ForwardBatch
+from lfm.kernels.kv_fp8 import as_bytes, block_size_of, scale_of
 from lfm.kernels.paged_tiles import LOG2_E, key_offsets, row_parts, softmax_step
 from lfm.kernels.triton_guard import TensorDescriptor, has_dependent_launch, tl, triton
 
@@ -21,10 +22,11 @@ PREFIX_TILE = 64
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _prefix_kernel(
-    q_THK, k_NGBK, v_NGBK, tables_SN, row_starts_S1, shared_S, tiles_YX, part_SPHK, sum_SPH,
+    q_THK, k_NGBK, v_NGBK, k_bytes, v_bytes, tables_SN, row_starts_S1, shared_S, tiles_YX, part_SPHK, sum_SPH,
     q_stride, table_stride, scale,
-    G: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr, B: tl.constexpr, X: tl.constexpr,
-    TILE: tl.constexpr, PARTS: tl.constexpr, COPIES: tl.constexpr, IS_MIXED: tl.constexpr, PDL: tl.constexpr,
+    G: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
+    X: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, COPIES: tl.constexpr, IS_MIXED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """q [T, H, K] of the rows of tiles [Y, X] (-1: no row) -> parts [S, PARTS, H, K] in fp32, and log2 sums."""
     split, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -54,14 +56,16 @@ def _prefix_kernel(
     total = tl.zeros([X * PADDED], tl.float32)
     acc = tl.zeros([X * PADDED, K], tl.float32)
     for n in range(begin, end, TILE):
-        first = (block.to(tl.int32) * G + g) * B + n % B
-        offsets = key_offsets(table, block, n, end, g, G, K, B, TILE)
+        first = (block.to(tl.int32) * G + g) * R + n % B
+        offsets, scale_offsets = key_offsets(table, block, n, end, g, G, K, B, R, TILE)
         block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
         if COPIES:
             k = k_NGBK.load([first, 0]).T
         else:
             k = tl.load(k_NGBK + offsets[None, :] + dims[:, None])
-        s = tl.dot(q, k)
+        s = tl.dot(q, k.to(q.dtype))
+        if R > B:
+            s *= scale_of(tl.load(k_bytes + scale_offsets))[None, :]
         if B % TILE != 0:  # else every tile is whole; past the end there are copies of the last key
             s = tl.where((n + keys < end)[None, :], s, float("-inf"))
         p, shrink, largest, total = softmax_step(s, largest, total, scale)
@@ -69,7 +73,9 @@ def _prefix_kernel(
             v = v_NGBK.load([first, 0])
         else:
             v = tl.load(v_NGBK + offsets[:, None] + dims[None, :])
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
+        if R > B:
+            p *= scale_of(tl.load(v_bytes + scale_offsets))[None, :]
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None])
     part = (row * PARTS + split) * (G * GROUP) + head
     tl.store(part_SPHK + part[:, None] * K + dims[None, :], acc / total[:, None], mask=is_real[:, None])
     tl.store(sum_SPH + part, largest + tl.log2(total), mask=is_real)
@@ -87,7 +93,8 @@ def attend_prefix(
     """Parts and log2 sums of the rows in `batch.shared`, as many as their prefix fills; nothing else is written."""
     assert batch.shared is not None
     num_heads, head_dim = q_THK.shape[1:]
-    num_groups, block_size = k_NGBK.shape[1:3]
+    num_groups, rows_per_block = k_NGBK.shape[1:3]
+    block_size = block_size_of(k_NGBK)
     num_tiles, rows = batch.shared.tiles_YX.shape
     group = num_heads // num_groups
     part_SPHK, sum_SPH = new_parts(q_THK, len(batch.starts_S), PREFIX_PARTS)
@@ -100,9 +107,11 @@ def attend_prefix(
         box = [PREFIX_TILE, head_dim]
         k, v = (TensorDescriptor.from_tensor(x.view(-1, head_dim), box) for x in (k_NGBK, v_NGBK))
     _prefix_kernel[(PREFIX_PARTS, num_groups, num_tiles)](
-        q_THK, k, v, batch.block_tables_SN, batch.row_starts_S1, batch.shared.blocks_S, batch.shared.tiles_YX,
+        q_THK, k, v, as_bytes(k_NGBK), as_bytes(v_NGBK), batch.block_tables_SN, batch.row_starts_S1,
+        batch.shared.blocks_S, batch.shared.tiles_YX,
         part_SPHK, sum_SPH, q_THK.stride(0), batch.block_tables_SN.stride(0), head_dim**-0.5 * LOG2_E,
-        G=num_groups, GROUP=group, PADDED=triton.next_power_of_2(group), K=head_dim, B=block_size, X=rows,
+        G=num_groups, GROUP=group, PADDED=triton.next_power_of_2(group), K=head_dim, B=block_size,
+        R=rows_per_block, X=rows,
         TILE=PREFIX_TILE, PARTS=PREFIX_PARTS, COPIES=copies, IS_MIXED=is_mixed, PDL=is_hopper,
         num_warps=4, num_stages=2, launch_pdl=is_hopper,
     )  # fmt: skip

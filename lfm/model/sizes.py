@@ -6,7 +6,8 @@ against the published ones. `workspace_bytes` alone is an estimate, and says so.
 
 from typing import Literal
 
-from lfm.config import ModelConfig
+from lfm.config import KvDtype, ModelConfig, Quantize
+from lfm.kernels.kv_layout import num_rows
 
 DtypeName = Literal["float32", "bfloat16", "float64"]
 ITEM_BYTES: dict[DtypeName, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -81,15 +82,38 @@ def num_active_parameters(config: ModelConfig) -> int:
     return num_parameters(config) - unused_experts - unused_embedding - num_expert_biases(config)
 
 
-def weight_bytes(config: ModelConfig, dtype: DtypeName) -> int:
-    """Bytes of the loaded weights: everything in `dtype` but the fp32 selection biases."""
+def quantised_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Parameters that fp8 applies to, projections and experts, and their rows: each row has a scale in fp32."""
+    hidden, q_width = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv_width = config.num_key_value_heads * config.head_dim
+    dense, width = config.intermediate_size, config.moe_intermediate_size
+    kinds = (  # how many, and shapes
+        (len(config.attention_layers), ((q_width + 2 * kv_width, hidden), (hidden, q_width))),
+        (len(config.conv_layers), ((3 * hidden, hidden), (hidden, hidden))),
+        (num_dense_feed_forwards(config), ((2 * dense, hidden), (hidden, dense))),
+        (config.num_moe_layers * config.num_experts, ((2 * width, hidden), (hidden, width))),
+    )
+    count = sum(num * rows * inputs for num, shapes in kinds for rows, inputs in shapes)
+    return count, sum(num * rows for num, shapes in kinds for rows, _ in shapes)
+
+
+def weight_bytes(config: ModelConfig, dtype: DtypeName, *, quantize: Quantize = "none") -> int:
+    """Bytes of the loaded weights: everything in `dtype` but the fp32 selection biases, and what is in fp8."""
     num_biases = num_expert_biases(config)
-    return (num_parameters(config) - num_biases) * ITEM_BYTES[dtype] + num_biases * _FP32_BYTES
+    plain = (num_parameters(config) - num_biases) * ITEM_BYTES[dtype] + num_biases * _FP32_BYTES
+    if quantize == "none":
+        return plain
+    count, rows = quantised_parameters(config)
+    return plain - count * (ITEM_BYTES[dtype] - 1) + rows * _FP32_BYTES
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: DtypeName) -> int:
-    """Bytes of keys and values that one token of context costs, over all attention layers."""
-    return len(config.attention_layers) * 2 * config.num_key_value_heads * config.head_dim * ITEM_BYTES[dtype]
+def kv_bytes_per_token(config: ModelConfig, dtype: DtypeName, *, kv_dtype: KvDtype = "auto") -> int:
+    """Bytes of keys and values that one token of context costs, over all attention layers.
+
+    In fp8 a byte per value, and one for the scale of each head's vector.
+    """
+    per_head = config.head_dim * ITEM_BYTES[dtype] if kv_dtype == "auto" else config.head_dim + 1
+    return len(config.attention_layers) * 2 * config.num_key_value_heads * per_head
 
 
 def conv_state_bytes(config: ModelConfig, dtype: DtypeName) -> int:
@@ -97,9 +121,11 @@ def conv_state_bytes(config: ModelConfig, dtype: DtypeName) -> int:
     return len(config.conv_layers) * (config.conv_L_cache - 1) * config.hidden_size * ITEM_BYTES[dtype]
 
 
-def block_bytes(config: ModelConfig, *, block_size: int, dtype: DtypeName) -> int:
+def block_bytes(config: ModelConfig, *, block_size: int, dtype: DtypeName, kv_dtype: KvDtype = "auto") -> int:
     """Bytes of one cache block: the K/V of `block_size` tokens and one conv tail."""
-    return block_size * kv_bytes_per_token(config, dtype) + conv_state_bytes(config, dtype)
+    item = ITEM_BYTES[dtype] if kv_dtype == "auto" else 1
+    row = len(config.attention_layers) * 2 * config.num_key_value_heads * config.head_dim * item
+    return num_rows(block_size, config.head_dim, is_fp8=kv_dtype == "fp8") * row + conv_state_bytes(config, dtype)
 
 
 def num_blocks_for(num_tokens: int, block_size: int) -> int:

@@ -116,8 +116,8 @@ def test_the_environment_is_read_when_the_command_starts(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["serve", "--quantize", "fp8"], "--quantize fp8 does not exist yet. Allowed: none."),
-        (["serve", "--kv-dtype", "fp8"], "--kv-dtype fp8 does not exist yet. Allowed: auto."),
+        (["serve", "--quantize", "int8"], "'int8' is not one of 'none', 'fp8'"),
+        (["serve", "--kv-dtype", "fp16"], "'fp16' is not one of 'auto', 'fp8'"),
         (["serve", "builtin", "--port", "0"], "'builtin' does not exist yet"),
         (["serve", "random:nothing", "--port", "0"], "random:nothing is not known. Allowed: random:"),
         (["serve", "./no/such/folder", "--port", "0"], "There is no folder './no/such/folder'"),

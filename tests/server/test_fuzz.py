@@ -124,6 +124,62 @@ def test_any_contents_of_well_formed_turns(path: str, contents: list[object]) ->
     check(AppClient(), path, {"model": MODEL, **BODIES[path], field: turns, "stream": True})
 
 
+schemas = st.recursive(
+    st.sampled_from([{"type": "string"}, {"type": "integer"}, {"enum": ["a", 1]}, {"const": None}, {}, True, False])
+    | json_values,
+    lambda inner: st.fixed_dictionaries(
+        {"type": st.sampled_from(["object", "array", "string"])},
+        optional={
+            "properties": st.dictionaries(st.text(max_size=5), inner, max_size=3),
+            "required": st.lists(st.text(max_size=5), max_size=2) | json_values,
+            "items": inner,
+            "minItems": st.integers(-1, 5) | json_values,
+            "pattern": st.text(alphabet="ab[]()*+?{}|^$\\.-1,", max_size=8),
+            "anyOf": st.lists(inner, max_size=2),
+            "$ref": st.sampled_from(["#", "#/$defs/a", "#/properties/a", "x"]),
+            "$defs": st.dictionaries(st.just("a"), inner, max_size=1),
+            "additionalProperties": inner,
+        },
+    ),
+    max_leaves=5,
+)
+tool_bodies = st.fixed_dictionaries(
+    {"name": st.sampled_from(["a", "b", "a-b", "a.b"]) | texts},
+    optional={
+        "parameters": schemas,
+        "input_schema": schemas,
+        "description": texts,
+        "strict": json_values,
+        "type": st.sampled_from(["function", "custom", "web_search"]),
+    },
+)
+tools = st.lists(
+    tool_bodies | st.fixed_dictionaries({"type": st.just("function"), "function": tool_bodies}) | json_values,
+    max_size=3,
+)
+choices = st.sampled_from(["auto", "none", "required", {"type": "any"}, {"type": "tool", "name": "a"}]) | st.one_of(
+    st.fixed_dictionaries({"type": st.just("function"), "function": st.fixed_dictionaries({"name": texts})}),
+    json_values,
+)
+formats = st.fixed_dictionaries(
+    {"type": st.sampled_from(["json_object", "json_schema", "regex", "text"]) | json_values},
+    optional={
+        "schema": schemas,
+        "json_schema": st.fixed_dictionaries({"schema": schemas}) | json_values,
+        "pattern": st.text(alphabet="ab[]()*+?{}|^$\\.-1,", max_size=12) | json_values,
+    },
+)
+
+
+@pytest.mark.parametrize("path", [path for path, body in BODIES.items() if "messages" in body or "input" in body])
+@given(tools=tools, choice=choices, answer=formats | json_values, form=st.sampled_from([None, "json", "pythonic"]))
+def test_any_tools_and_formats(path: str, tools: object, choice: object, answer: object, form: str | None) -> None:
+    fields = {"tools": tools, "tool_choice": choice, "tool_format": form}
+    fields |= {"response_format": answer, "output_format": answer, "text": {"format": answer}}
+    check(AppClient(), path, {"model": MODEL, **BODIES[path], **fields})
+    check(AppClient(), path, {"model": MODEL, **BODIES[path], **fields, "tools": None, "tool_choice": None})
+
+
 @given(body=st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode()))
 def test_any_body(body: bytes) -> None:
     response = AppClient().request("POST", CHAT_PATH, content=body)

@@ -3,12 +3,16 @@
 import asyncio
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from lfm.errors import RequestError
 from lfm.protocol import GrammarSpec
+from lfm.server.answer_models import ChatAnswer, MessageAnswer, ResponseAnswer
+from lfm.service.responses_store import ResponsesStore
 from tests.server.fakes import MODEL, TOKENIZER, AppClient, AsgiCall, FakeBackend, TrialHere, events_of, until
 from tests.server.toolbox import (
     ARGUMENTS,
@@ -131,6 +135,55 @@ def test_openai_gets_id_and_name_once_and_together_the_id_in_every_delta() -> No
     assert len({piece["id"] for piece in together}) == 2
     assert all(piece["type"] == "function" for piece in together)
     assert sum("name" in piece["function"] for piece in together) == 2
+
+
+@family_of
+@pytest.mark.parametrize("text", [CALLS, f"Let me see.{CALLS}"])
+def test_answers_with_calls_are_as_the_openapi_document_says(family: str, text: str) -> None:
+    models: dict[str, type[BaseModel]] = {"chat": ChatAnswer, "responses": ResponseAnswer, "messages": MessageAnswer}
+    formats = format_of(family, ANSWER)
+    body = post(client_that_answers(text), family, tools=tools_of(family), tool_choice=REQUIRED[family], **formats)
+    models[family].model_validate_json(body.content, strict=True, extra="forbid")
+
+
+def test_a_response_tells_its_tools_and_its_format() -> None:
+    tools = tools_of("responses")
+    fields = {"tools": tools, "tool_choice": {"type": "function", "name": "now"}, "text": {"format": ANSWER}}
+    answer = post(AppClient(), "responses", **fields).json()
+    assert answer["tools"] == [{"strict": None, **tool} for tool in tools]
+    assert answer["tool_choice"] == fields["tool_choice"]
+    assert answer["text"] == {"format": ANSWER}
+    plain = post(AppClient(), "responses").json()
+    assert (plain["tools"], plain["tool_choice"], plain["text"]) == ([], "auto", {"format": {"type": "text"}})
+
+
+def test_a_response_that_called_goes_on_with_the_results(tmp_path: Path) -> None:
+    store = ResponsesStore(tmp_path / "responses.sqlite3")
+    client = AppClient(FakeBackend(f"Let me see.{CALLS}"), responses=store)
+    first = post(client, "responses", tools=tools_of("responses")).json()
+    calls = [item for item in first["output"] if item["type"] == "function_call"]
+    results = [{"type": "function_call_output", "call_id": c["call_id"], "output": c["name"]} for c in calls]
+    fields = {"input": results[::-1], "previous_response_id": first["id"], "tools": tools_of("responses")}
+    second = post(client, "responses", **fields).json()
+    before, after = (request.prompt_ids for request in client.backend.requests)
+    turns = "<|im_end|>\n<|im_start|>tool\nget_weather<|im_end|>\n<|im_start|>tool\nnow<|im_end|>\n"
+    written = TOKENIZER.encode_raw(f"Let me see.{CALLS}{turns}<|im_start|>assistant\n")[1:]
+    assert after == before + written
+    listed = client.get(f"/v1/responses/{second['id']}/input_items?order=asc").json()["data"]
+    assert [item["type"] for item in listed] == [
+        *("message", "message", "function_call", "function_call", "function_call_output", "function_call_output")
+    ]
+    store.close()
+
+
+def test_a_cut_call_of_a_stored_response_is_no_part_of_what_follows(tmp_path: Path) -> None:
+    store = ResponsesStore(tmp_path / "responses.sqlite3")
+    client = AppClient(FakeBackend(CALLS), responses=store)
+    first = post(client, "responses", tools=tools_of("responses"), max_output_tokens=20).json()
+    assert [item["status"] for item in first["output"]] == ["incomplete"]
+    post(client, "responses", previous_response_id=first["id"], input="Go on")
+    assert START not in prompt_of(client)
+    store.close()
 
 
 def test_every_choice_has_calls_of_its_own() -> None:

@@ -113,6 +113,9 @@ class FunctionCall(BaseModel):
 
 
 class ChatToolCall(BaseModel):
+    """`index` is for Together's clients."""
+
+    index: int | None = None
     id: str
     type: Literal["function"]
     function: FunctionCall

@@ -112,6 +112,11 @@ class ChatShape(ChunkShape):
         call: Json = {"index": piece.index, "function": {**function, "arguments": piece.arguments}}
         return call | {"id": piece.id, "type": "function"} if is_first or self._head.for_together else call
 
+    def _whole_call(self, call: CallDelta) -> Json:
+        function = {"name": call.name, "arguments": call.arguments}
+        whole: Json = {"id": call.id, "type": "function", "function": function}
+        return whole | {"index": call.index} if self._head.for_together else whole
+
     def _annotated(self, choice: Choice, delta: Delta, annotate: Annotate) -> Json:
         """The annotations of a streamed text, all in its last chunk: that is when it is known what it says."""
         texts = self._texts.setdefault(choice.index, [])
@@ -123,10 +128,7 @@ class ChatShape(ChunkShape):
         content = delta.text if delta.text or not delta.calls else None
         message: Json = {"role": "assistant", "content": content, "refusal": None}
         if delta.calls:
-            message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in delta.calls
-            ]
+            message["tool_calls"] = [self._whole_call(call) for call in delta.calls]
         if self._annotate is not None:
             message["annotations"] = self._annotate(delta.text)
         return {

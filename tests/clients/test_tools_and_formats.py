@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jsonschema
 import openai
 import pytest
+import together
 from pydantic import BaseModel, Field
 
 from tests.clients.served import Served
@@ -207,6 +208,24 @@ def test_a_grammar_that_crashes_the_library_costs_its_request_alone(client: open
     assert refused.value.param == "response_format.grammar"
     good = create(client, served, extra_body={"response_format": {"type": "regex", "pattern": "[xy]"}})
     assert good.choices[0].message.content in ("x", "y")
+
+
+@pytest.mark.parametrize("suffix", ["", "/v1"], ids=["plain-base-url", "base-url-with-v1"])
+def test_togethers_client_calls_tools_whole_and_streamed(served: Served, suffix: str) -> None:
+    fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 1500, "seed": 2}
+    with together.Together(base_url=served.url + suffix, api_key=served.api_key, max_retries=0) as client:
+        whole = client.chat.completions.create(model=served.model, messages=MESSAGES, **fields)
+        type(whole).model_validate(whole.model_dump(), strict=True)
+        calls: dict[int, list[str]] = {}
+        for chunk in client.chat.completions.create(model=served.model, messages=MESSAGES, stream=True, **fields):
+            for piece in chunk.choices[0].delta.tool_calls or []:
+                assert piece.id
+                assert piece.type == "function"
+                calls.setdefault(int(piece.index), []).append(piece.function.arguments)
+    message: Any = whole.choices[0].message
+    assert ["".join(pieces) for pieces in calls.values()] == [call.function.arguments for call in message.tool_calls]
+    for call in message.tool_calls:
+        check_call(call.function.name, call.function.arguments)
 
 
 def test_anthropics_client_calls_a_tool(served: Served) -> None:

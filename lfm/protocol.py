@@ -109,7 +109,7 @@ class ErrorInfo(msgspec.Struct, frozen=True):
     retry_after_s: float | None = None
 
 
-class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What one step did for one sequence. Exactly one event of a request is terminal: it has a `finish_reason`.
 
     The first event of an accepted request has `is_accepted` and no tokens; a refused one gets only its terminal error.

@@ -80,7 +80,7 @@ class DecodeGraphs:
         self._graphs: dict[Shape, DecodeGraph] = {}
         self._demand: Counter[Shape] = Counter()
         self._sample_demand: Counter[tuple[Shape, SampleFlags]] = Counter()
-        self._memory_pool = torch.cuda.graph_pool_handle()
+        self._memory_pool = torch.cuda.graph_pool_handle() if rows.device.type == "cuda" else None
         self.num_replayed = 0
 
     @property

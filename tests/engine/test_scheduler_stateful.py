@@ -375,3 +375,51 @@ class TestNamedCases:
         harness.finish()
         assert harness.scheduler.counters.cached_prompt_tokens == 0
         assert harness.scheduler.counters.corrupted_requests == 1
+
+    def test_a_sample_that_failed_in_the_middle_of_decoding_ends_its_sequence_alone(self, overlap: bool) -> None:
+        """Hidden states may be finite where logits are not."""
+        harness = self.make(overlap)
+        broken_id, whole_id = (harness.add(prompt, 16) for prompt in long_prompts()[:2])
+        for _ in range(6):
+            harness.step()
+        run = harness.device.run
+
+        def broken(batch: ScheduledBatch) -> StepResult:
+            result = run(batch)
+            for index, row in enumerate(batch.rows):
+                if row.sequence.id == broken_id:
+                    result.token_ids[index] = -1
+            return result
+
+        harness.device.run = broken  # type: ignore[method-assign]
+        for _ in range(3):
+            harness.step()
+        assert harness.requests[broken_id].finish_reason == "error"
+        assert harness.requests[whole_id].finish_reason is None
+        assert harness.scheduler.counters.corrupted_requests == 1
+        del harness.requests[broken_id]
+        harness.finish()
+
+    def test_a_long_queue_gets_long_steps_and_a_short_one_leaves_those_who_decode_alone(self, overlap: bool) -> None:
+        harness = self.make(overlap, num_blocks=200, block_size=4, step_tokens=64, max_running=32)
+        run, sizes = harness.device.run, list[list[int]]()
+
+        def recorded(batch: ScheduledBatch) -> StepResult:
+            sizes.append([row.end - row.start for row in batch.rows])
+            return run(batch)
+
+        harness.device.run = recorded  # type: ignore[method-assign]
+        harness.add(long_prompts()[0], 16)
+        harness.step()
+        harness.step()
+        harness.add([7] * 40, 1)  # 40 tokens: a step takes 32, which is the budget while something decodes
+        harness.step()
+        assert sizes[-1] == [1, 31]
+        assert harness.scheduler.num_waiting_tokens == 0
+        for index in range(20):
+            harness.add([8 + index % 4] * (40 + index), 1)
+        assert harness.scheduler.num_waiting_tokens == sum(40 + index for index in range(20)) == 990
+        harness.step()
+        assert sum(sizes[-1]) == 990 // 16
+        harness.finish()
+        assert harness.scheduler.num_waiting_tokens == 0

@@ -128,6 +128,22 @@ def test_rows_that_share_a_prefix_are_attended_together_with_the_same_result() -
     assert drift(mine, right) <= 1.3 * drift(theirs, right) + 1e-3
 
 
+@pytest.mark.parametrize("num_requests", [1, 7, 40])
+def test_replayed_chunks_drift_from_fp32_no_more_than_plain_bf16(num_requests: int) -> None:
+    """The same lengths again: the first round captures the sizes that the second replays, in pools full of NaN."""
+    low, wide = models()
+    fast, plain, exact = make(low, is_fast=True), make(low, is_fast=False), make(wide, is_fast=False)
+    for seed in range(2):
+        logprobs_of(fast, forced_traffic(num_requests, seed=seed, prompt_logprobs=0))
+    before = fast.runner.num_replayed_chunks
+    rounds = [forced_traffic(num_requests, seed=seed, prompt_logprobs=seed) for seed in range(2, 4)]
+    mine, theirs, right = (
+        [value for requests in rounds for value in logprobs_of(engine, requests)] for engine in (fast, plain, exact)
+    )
+    assert fast.runner.num_replayed_chunks > before
+    assert drift(mine, right) <= 1.3 * drift(theirs, right) + 1e-3
+
+
 @pytest.mark.parametrize("num_requests", [1, 5])
 def test_chunks_drift_from_fp32_no_more_than_plain_bf16(num_requests: int) -> None:
     low, wide = models()

@@ -5,6 +5,8 @@ predicted, and `NAME.ends`, int64, where each row ends. `manifest.json` is writt
 a folder without it is not finished, and a file of another length is truncated.
 """
 
+import bisect
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -80,19 +82,29 @@ class Dataset:
         for shard in self.shards:
             self._tokens.append(_mapped(folder / f"{shard.name}.tokens", "<u4", shard.num_tokens))
             self._ends.append(_mapped(folder / f"{shard.name}.ends", "<i8", shard.num_rows))
-        self._first_rows = np.cumsum([0, *(shard.num_rows for shard in self.shards)])
-        self.num_rows = int(self._first_rows[-1])
+        self._first_rows = [0, *itertools.accumulate(shard.num_rows for shard in self.shards)]
+        self.num_rows = self._first_rows[-1]
         self.num_tokens = sum(shard.num_tokens for shard in self.shards)
         self.num_targets = sum(shard.num_targets for shard in self.shards)
         if not self.num_rows:
             raise UsageError(f"{folder} holds no examples to learn from. Check [data] of the recipe.")
 
     def __getitem__(self, index: int) -> Row:
-        shard = int(np.searchsorted(self._first_rows, index, side="right")) - 1
-        row = index - int(self._first_rows[shard])
+        packed = self.packed(index)
+        return Row(*unpack(packed))
+
+    def packed(self, index: int) -> np.ndarray:
+        """A row as it is on disk: ids with the target bit, uint32 [length]."""
+        shard = bisect.bisect_right(self._first_rows, index) - 1
+        row = index - self._first_rows[shard]
         ends = self._ends[shard]
-        packed = np.asarray(self._tokens[shard][ends[row - 1] if row else 0 : ends[row]])
-        return Row((packed & ~_TARGET_BIT).astype(np.int64), (packed & _TARGET_BIT) != 0)
+        tokens: np.ndarray = self._tokens[shard][ends[row - 1] if row else 0 : ends[row]]
+        return tokens
+
+
+def unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ids, int64, and which of them are targets."""
+    return (packed & ~_TARGET_BIT).astype(np.int64), (packed & _TARGET_BIT) != 0
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -112,4 +124,5 @@ def _mapped(path: Path, dtype: str, count: int) -> np.ndarray:
     if num_bytes != expected:
         state = "is missing" if num_bytes is None else f"has {num_bytes} bytes instead of {expected}: it is truncated"
         raise UsageError(f"{path} {state}. Remove {path.parent}; the same command prepares the data again.")
-    return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
+    # A plain array over the mapped file: slices of a memmap are slow to make.
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if count else np.empty(0, dtype)

@@ -14,6 +14,45 @@ from torch.nn.functional import linear, silu
 from lfm.kernels.experts import has_grouped_mm
 from lfm.kernels.norm import widen
 from lfm.kernels.weights import ExpertScales
+from lfm.train.fusion import fused
+
+_MAX_BYTE = 255
+
+
+@fused
+def _gather_sum(grad_PD: Tensor, inverse_P: Tensor, num_chosen: int) -> Tensor:
+    """Each token's pairs, added up [T, D]."""
+    grad_TAD = grad_PD[inverse_P].view(-1, num_chosen, grad_PD.shape[1])
+    return widen(grad_TAD).sum(1).to(grad_PD.dtype)
+
+
+@fused
+def _weighted_sum(out_PD: Tensor, weights_TA: Tensor, inverse_P: Tensor) -> Tensor:
+    out_TAD = out_PD[inverse_P].view(*weights_TA.shape, -1)
+    return (widen(out_TAD) * widen(weights_TA)[:, :, None]).sum(1).to(out_PD.dtype)
+
+
+@fused
+def _weighted_sum_backward(
+    grad_TD: Tensor, out_PD: Tensor, weights_TA: Tensor, order_P: Tensor, inverse_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    num_chosen = weights_TA.shape[1]
+    grad_out_PD = widen(grad_TD[order_P // num_chosen]) * widen(weights_TA).flatten()[order_P, None]
+    out_TAD = out_PD[inverse_P].view(*weights_TA.shape, -1)
+    grad_weights_TA = (widen(out_TAD) * widen(grad_TD)[:, None]).sum(-1)
+    return grad_out_PD.to(out_PD.dtype), grad_weights_TA.to(weights_TA.dtype)
+
+
+@fused
+def _counts(flat_P: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs [E], without additions that wait for each other."""
+    return (flat_P[:, None] == torch.arange(num_experts, device=flat_P.device)).sum(0)
+
+
+@fused
+def _gate(gate_up_P2F: Tensor) -> Tensor:
+    gate_PF, up_PF = gate_up_P2F.chunk(2, dim=-1)
+    return silu(gate_PF) * up_PF
 
 
 class _Dispatch(torch.autograd.Function):
@@ -28,8 +67,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor | None, ...]:
         (inverse_P,) = ctx.saved_tensors
-        grad_TAD = grad_PD[inverse_P].view(-1, ctx.num_chosen, grad_PD.shape[1])
-        return widen(grad_TAD).sum(1).to(grad_PD.dtype), None, None, None
+        return _gather_sum(grad_PD, inverse_P, ctx.num_chosen), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -38,17 +76,11 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out_PD: Tensor, weights_TA: Tensor, order_P: Tensor, inverse_P: Tensor) -> Tensor:
         ctx.save_for_backward(out_PD, weights_TA, order_P, inverse_P)
-        out_TAD = out_PD[inverse_P].view(*weights_TA.shape, -1)
-        return (widen(out_TAD) * widen(weights_TA)[:, :, None]).sum(1).to(out_PD.dtype)
+        return _weighted_sum(out_PD, weights_TA, inverse_P)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        out_PD, weights_TA, order_P, inverse_P = ctx.saved_tensors
-        num_chosen = weights_TA.shape[1]
-        grad_out_PD = widen(grad_TD[order_P // num_chosen]) * widen(weights_TA).flatten()[order_P, None]
-        out_TAD = out_PD[inverse_P].view(*weights_TA.shape, -1)
-        grad_weights_TA = (widen(out_TAD) * widen(grad_TD)[:, None]).sum(-1)
-        return grad_out_PD.to(out_PD.dtype), grad_weights_TA.to(weights_TA.dtype), None, None
+        return *_weighted_sum_backward(grad_TD, *ctx.saved_tensors), None, None
 
 
 def experts_train(
@@ -64,10 +96,10 @@ def experts_train(
     assert scales is None, "weights in fp8 are not trained"
     num_experts, num_chosen = gate_up_E2FD.shape[0], chosen_TA.shape[1]
     flat_P = chosen_TA.flatten()
-    order_P = flat_P.argsort(stable=True)
+    # The fewer bits, the fewer passes of the sort.
+    order_P = (flat_P.to(torch.uint8) if num_experts <= _MAX_BYTE else flat_P).argsort(stable=True)
     inverse_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(len(order_P), device=order_P.device))
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=flat_P.device)
-    counts_E.scatter_add_(0, flat_P, torch.ones_like(flat_P))
+    counts_E = _counts(flat_P, num_experts)
     x_PD = _Dispatch.apply(x_TD, order_P, inverse_P, num_chosen)
     multiply = _grouped if has_grouped_mm(x_TD) else _one_by_one
     out_PD = multiply(x_PD, counts_E, gate_up_E2FD, down_EDF)
@@ -78,8 +110,8 @@ def _grouped(x_PD: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Ten
     """Two grouped products, without a host synchronisation."""
     ends_E = counts_E.cumsum(0).to(torch.int32)
     grouped_mm = torch.nn.functional.grouped_mm
-    gate_PF, up_PF = grouped_mm(x_PD, gate_up_E2FD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
-    return grouped_mm(silu(gate_PF) * up_PF, down_EDF.transpose(1, 2), offs=ends_E)
+    gate_up_P2F = grouped_mm(x_PD, gate_up_E2FD.transpose(1, 2), offs=ends_E)
+    return grouped_mm(_gate(gate_up_P2F), down_EDF.transpose(1, 2), offs=ends_E)
 
 
 def _one_by_one(x_PD: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:

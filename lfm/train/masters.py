@@ -43,8 +43,10 @@ class MasterWeights:
             torch._foreach_copy_([self._parameters[name] for name in names], [self.tensors[name] for name in names])
 
     def clear_gradients(self) -> None:
-        for tensor in self.tensors.values():
-            tensor.grad = None
+        """Set the gradients to zero where they are: a recorded backward adds to that memory."""
+        gradients = [tensor.grad for tensor in self.tensors.values() if tensor.grad is not None]
+        if gradients:
+            torch._foreach_zero_(gradients)
 
 
 def _adder(master: Tensor):

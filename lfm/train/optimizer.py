@@ -30,13 +30,18 @@ def learning_rate_at(step: int, peak: float, schedule: ScheduleSettings) -> floa
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], *, max_norm: float) -> float:
-    """Scale all gradients so that their joint norm is at most `max_norm`; return the norm before. Synchronises."""
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The joint norm of all gradients, still on their device."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).item()
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], *, norm: float, max_norm: float) -> None:
+    """Scale all gradients, whose joint norm is `norm`, so that it is at most `max_norm`."""
     if math.isfinite(norm) and norm > max_norm:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         torch._foreach_mul_(gradients, max_norm / norm)
-    return norm
 
 
 def orthogonalise(update_NRC: Tensor) -> Tensor:
@@ -69,24 +74,25 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no second evaluation exists here
         """One update. Matrices of one shape are orthogonalised together, whatever layer they belong to."""
         settings = self.param_groups[0]
+        rate, momentum = settings["lr"], settings["momentum"]
         for members in self._groups.values():
-            updates = torch.cat(
-                [self._momentum(parameter, settings["momentum"]).view(shape) for parameter, shape in members]
-            )
-            scale = settings["lr"] * _MUON_RMS * math.sqrt(max(updates.shape[1:]))
-            parts = orthogonalise(updates).split([shape[0] for _, shape in members])
-            for (parameter, _), part in zip(members, parts, strict=True):
-                parameter.mul_(1 - settings["lr"] * settings["weight_decay"])
-                parameter.sub_(part.reshape(parameter.shape), alpha=scale)
+            parameters = [parameter for parameter, _ in members]
+            averages = self._look_ahead(parameters, momentum)
+            updates = torch.cat([a.view(shape) for a, (_, shape) in zip(averages, members, strict=True)])
+            updates = orthogonalise(updates) * (rate * _MUON_RMS * math.sqrt(max(updates.shape[1:])))
+            parts = updates.split([shape[0] for _, shape in members])
+            torch._foreach_mul_(parameters, 1 - rate * settings["weight_decay"])
+            torch._foreach_sub_(parameters, [part.reshape(p.shape) for part, p in zip(parts, parameters, strict=True)])
 
-    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Nesterov's look-ahead of the averaged gradient."""
-        assert parameter.grad is not None
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)
+    def _look_ahead(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
+        """Nesterov's look-ahead of the averaged gradients."""
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        averages = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        return list(torch._foreach_lerp(gradients, averages, momentum))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +102,8 @@ class Optimizers:
     all: tuple[torch.optim.Optimizer, ...]
     names: Mapping[Tensor, str]
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float | Tensor) -> None:
+        """One update. On a GPU the rate may be a tensor there, so that a recording can be told another one."""
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -143,7 +150,12 @@ def make_optimizers(parameters: Mapping[str, Tensor], settings: OptimizerSetting
     ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
+            groups,
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            fused=True,
+            capturable=next(iter(parameters.values())).is_cuda,
         )
     ]
     if matrices:

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lfm.config import ModelConfig
-from lfm.kernels.norm import widen
-from lfm.kernels.router import route_ref
+from lfm.kernels.norm import rms_norm_ref, widen
 from lfm.kernels.weights import Norm, Router
 from lfm.model.lfm2 import Lfm2, MoeFeedForward
+from lfm.train.fusion import fused
 
 
 class RouteRecorder:
@@ -54,14 +54,40 @@ class RouteRecorder:
         self, h_TD: Tensor, norm: Norm, router: Router, is_real_T: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `route_ref`, whose maths it is."""
-        x_TD, chosen_TA, weights_TA = route_ref(h_TD, norm, router, is_real_T)
-        # The logits a second time: T x E numbers, against which one definition of the router is worth more.
-        z_loss = widen(linear(x_TD, router.gate)).logsumexp(-1).square().mean()
+        x_TD, chosen_TA, weights_TA, z_loss, load_E = route_train(h_TD, norm, router, is_real_T)
         if self._is_recording:
-            flat_P = chosen_TA.flatten()
-            self.load_ME[len(self._z_losses)].scatter_add_(0, flat_P, torch.ones_like(flat_P))
+            self.load_ME[len(self._z_losses)] += load_E
             self._z_losses.append(z_loss)
         return x_TD, chosen_TA, weights_TA
+
+
+@fused
+def route_train(
+    h_TD: Tensor, norm: Norm, router: Router, is_real_T: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `route_ref`, and the z-loss and the tokens per expert [E]; written in sums and maxima, which fuse.
+
+    Among equal scores the lower id wins. `is_real_T` is for padding in serving, which training does not have.
+    """
+    assert is_real_T is None
+    x_TD = rms_norm_ref(h_TD, norm)
+    logits_TE = widen(linear(x_TD, router.gate))
+    scores_TE = logits_TE.sigmoid()
+    left_TE = (scores_TE if router.bias is None else scores_TE + router.bias).detach()
+    ids_E = torch.arange(logits_TE.shape[1], device=h_TD.device)
+    chosen, weights, load_E = [], [], torch.zeros_like(ids_E)
+    for _ in range(router.num_chosen):
+        chosen_T = left_TE.argmax(-1)
+        is_chosen_TE = ids_E == chosen_T[:, None]
+        left_TE = left_TE.masked_fill(is_chosen_TE, -math.inf)
+        chosen.append(chosen_T)
+        weights.append(torch.where(is_chosen_TE, scores_TE, 0.0).sum(-1))
+        load_E = load_E + is_chosen_TE.sum(0)
+    weights_TA = torch.stack(weights, dim=1)
+    if router.normalise:
+        weights_TA = weights_TA / (weights_TA.sum(-1, keepdim=True) + 1e-6)
+    z_loss = logits_TE.logsumexp(-1).square().mean()
+    return x_TD, torch.stack(chosen, dim=1), weights_TA * router.scale, z_loss, load_E
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from lfm.train.models import build_model, config_of, random_weights, read_weight
 from lfm.train.plot import write_plot
 from lfm.train.prepare import Kind, prepare
 from lfm.train.recipe import TrainRecipe, differences, fingerprint
-from lfm.train.steps import Position, StepData, StepReader
+from lfm.train.steps import Position, StepData, StepReader, fixed_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +150,7 @@ class _Run:
             batch_tokens=recipe.batch.tokens,
             accumulation=recipe.batch.accumulation,
             seed=recipe.run.seed,
+            size=fixed_size(recipe) if device.type == "cuda" else None,
         )
         model = build_model(self._origin.config, device=device, dtype=dtype)
         self._progress = _Progress()

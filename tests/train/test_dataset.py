@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from lfm.errors import UsageError
-from lfm.train.batches import NO_TARGET
 from lfm.train.dataset import Dataset, Row, write_manifest, write_shard
 from lfm.train.steps import Position, StepReader
 from tests.train.models import random_rows
@@ -78,7 +77,7 @@ def test_targets_are_counted_without_the_first_id_of_a_row(tmp_path: Path) -> No
     rows = random_rows(LENGTHS)
     dataset = stored(tmp_path, rows)
     step = StepReader(dataset, batch_tokens=1000, accumulation=1, seed=0).read(Position(0, 0))
-    count = int((step.batches[0].targets_T != NO_TARGET).sum())
+    count = len(step.batches[0].predicting_R)
     assert step.num_targets == count
     assert dataset.num_targets == sum(int(row.is_target[1:].sum()) for row in rows)
 

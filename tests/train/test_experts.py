@@ -49,6 +49,8 @@ def test_values_and_gradients_equal_the_serving_op() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # by the compiler, which asks for it
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_grouped_products_agree_with_fp64_in_bf16() -> None:
     """On a GPU in bf16: the relative error of every gradient is that of bf16, not of a wrong formula."""
     gradients = []

@@ -7,10 +7,10 @@ from transformers import Lfm2MoeConfig, Lfm2MoeForCausalLM
 from lfm.model.full_forward import packed_batch
 from lfm.model.lfm2 import Lfm2
 from lfm.model.ops import PACKED, Ops
-from lfm.train.batches import NO_TARGET, TrainBatch, collate, to_device
+from lfm.train.batches import BatchSize, TrainBatch, collate, to_device
 from lfm.train.dataset import Row
 from lfm.train.learner import recompute_layers
-from lfm.train.loss import chunked_cross_entropy
+from lfm.train.loss import chunked_cross_entropy, select_rows
 from lfm.train.ops import train_ops
 from lfm.train.routing import RouteRecorder
 from tests.train.models import ATTENTION, CONV, lively_model, random_rows, tiny_config
@@ -30,7 +30,7 @@ LENGTHS = [2, 9, 3, 33, 5]
 def loss_of(model: Lfm2, batch: TrainBatch, ops: Ops) -> torch.Tensor:
     head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
     return chunked_cross_entropy(
-        model(batch.forward, None, ops), head.weight, batch.targets_T, chunk_tokens=7
+        select_rows(model(batch.forward, None, ops), batch.predicting_R), head.weight, batch.targets_R, chunk_tokens=7
     ).objective
 
 
@@ -68,7 +68,8 @@ def test_targets_are_the_next_ids_that_are_to_be_predicted() -> None:
     row = Row(torch.arange(10, 15).numpy(), torch.tensor([True, False, True, False, True]).numpy())
     batch = collate([row, row])
     assert batch.forward.ids_T.tolist() == [10, 11, 12, 13] * 2
-    assert batch.targets_T.tolist() == [NO_TARGET, 12, NO_TARGET, 14] * 2
+    assert batch.predicting_R.tolist() == [1, 3, 5, 7]
+    assert batch.targets_R.tolist() == [12, 14] * 2
     assert batch.num_targets == 4
 
 
@@ -114,9 +115,7 @@ def test_gradients_equal_those_of_transformers(case: str) -> None:
     for row in rows:
         batch = collate([row])
         logits = theirs(batch.forward.ids_T[None], use_cache=False).logits[0]
-        total = total + torch.nn.functional.cross_entropy(
-            logits, batch.targets_T, ignore_index=NO_TARGET, reduction="sum"
-        )
+        total = total + torch.nn.functional.cross_entropy(logits[batch.predicting_R], batch.targets_R, reduction="sum")
     total.backward()
     torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-4)
     assert_same_gradients(gradients(ours), gradients(theirs), 1e-3)
@@ -140,7 +139,26 @@ def test_recomputing_layers_changes_no_gradient_and_counts_no_token_twice() -> N
     assert all(torch.equal(grad, recomputed[name]) for name, grad in plain.items())
 
 
+def test_padding_to_a_size_changes_no_gradient() -> None:
+    """Batches of one size, as a GPU gets them: rows and predictions that were added cost nothing."""
+    size = BatchSize(tokens=96, rows=12, positions=40, predictions=32)
+    rows = random_rows(LENGTHS)
+    found = []
+    for batch in (collate(rows), collate(rows, size=size)):
+        model = lively_model(tiny_config(), dtype=torch.float64).requires_grad_()
+        loss_of(model, batch, PACKED).backward()
+        found.append(gradients(model))
+    assert batch.forward.ids_T.shape == (96,)
+    assert batch.forward.row_starts_S1.shape == (13,)
+    assert batch.predicting_R.shape == batch.targets_R.shape == (64,)
+    assert batch.num_tokens == sum(LENGTHS) - len(LENGTHS)
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # by the compiler, which asks for it
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_bf16_gradients_on_a_gpu_are_near_those_in_fp64() -> None:
     """Grouped products and variable-length attention instead of the plain loops; head sizes that the kernels take."""
     config = tiny_config(

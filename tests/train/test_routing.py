@@ -1,11 +1,13 @@
 """Load balancing without an auxiliary loss, and what the recorder counts."""
 
+import pytest
 import torch
 
+from lfm.kernels.router import route_ref
 from lfm.kernels.weights import Norm, Router
 from lfm.train.batches import collate
 from lfm.train.ops import train_ops
-from lfm.train.routing import RouteRecorder, balance_experts, load_entropy
+from lfm.train.routing import RouteRecorder, balance_experts, load_entropy, route_train
 from tests.train.models import ATTENTION, CONV, lively_model, random_rows, tiny_config
 
 torch.set_num_threads(1)
@@ -78,3 +80,19 @@ def test_the_entropy_tells_uniform_from_collapsed() -> None:
     assert abs(uniform - 1) < 1e-12
     assert collapsed == 0
     assert load_entropy(torch.tensor([[7]])) == [1.0]
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_router_in_training_chooses_and_weighs_as_the_one_that_serves(has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    h_TD, gate_ED = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((50, 16), (8, 16)))
+    bias = torch.randn(8, generator=generator) if has_bias else None
+    norm = Norm(torch.rand(16, generator=generator, dtype=torch.float64), 1e-5)
+    router = Router(gate=gate_ED, bias=bias, num_chosen=3, normalise=True, scale=1.5)
+    *mine, z_loss, load_E = route_train(h_TD, norm, router)
+    theirs = route_ref(h_TD, norm, router)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    assert load_E.tolist() == torch.bincount(theirs[1].flatten(), minlength=8).tolist()
+    logits_TE = theirs[0] @ gate_ED.T
+    torch.testing.assert_close(z_loss, logits_TE.logsumexp(-1).square().mean())

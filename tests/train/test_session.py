@@ -64,10 +64,15 @@ def test_the_loss_falls(tmp_path: Path, optimizer: str) -> None:
     assert (tmp_path / "run" / "metrics.svg").read_text().count("<polyline") == 4
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_stopped_run_resumes_bit_for_bit(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("cpu", "float32"), ("cpu", "bfloat16"), pytest.param("cuda", "bfloat16", marks=pytest.mark.gpu)],
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # by the compiler, which asks for it
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path: Path, device: str, dtype: str) -> None:
     """20 steps at once and 10 + 10 by the same command write the same checkpoint: weights, optimizer, position."""
-    raw = recipe_dict(tmp_path, dtype=dtype, save_every_steps=100)
+    raw = recipe_dict(tmp_path, device=device, dtype=dtype, save_every_steps=100)
     whole = run({**raw, "run": {**raw["run"], "output": str(tmp_path / "whole")}})
     first = run(raw, should_stop=stop_after(10))
     assert (first.num_steps, first.is_finished) == (10, False)

@@ -1,9 +1,10 @@
-"""Tokenizers made here have LFM2's control tokens, its words, and are read by lfm and by transformers alike."""
+"""Tokenizers made here cut a string the same way wherever it stands; lfm and transformers read them alike."""
 
 import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
 from lfm.chat.messages import Message, ToolCall, parse_messages
@@ -12,7 +13,7 @@ from lfm.chat.tokenizer_json import SPECIAL_TOKEN_TEXTS
 from lfm.errors import UsageError
 from lfm.train.examples import load_tokenizer
 from lfm.train.recipe import TokenizerRecipe, parse_recipe
-from lfm.train.tokenizer import run_recipe, train_tokenizer, write_tokenizer
+from lfm.train.tokenizer import WORD_PATTERN, run_recipe, train_tokenizer, write_tokenizer
 from tests.train.models import write_documents, write_tiny_tokenizer
 
 TEXTS = ["the cat sees the dog", "Zürich 12345 東京 \u0645\u0631\u062d\u0628\u0627", "the\n\n  return 12"] * 5
@@ -45,7 +46,7 @@ def test_control_tokens_come_first_in_lfm2s_order() -> None:
 
 
 def test_the_same_texts_give_the_same_tokenizer() -> None:
-    one, other = (train_tokenizer(TEXTS, vocab_size=310, min_frequency=1) for _ in range(2))
+    one, other = (train_tokenizer(TEXTS, vocab_size=300, min_frequency=1) for _ in range(2))
     assert one == other
 
 
@@ -61,6 +62,25 @@ def test_numbers_are_cut_into_groups_of_three_and_any_text_survives(tmp_path: Pa
     text = "Grüße, 東京! \U0001f600\n\n\t\u0645\u0631\u062d\u0628\u0627 <|im_end|>"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.special.im_end not in tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "around"),
+    [
+        ("Dublin", ["from Dublin to", '(city="Dublin")', '"Dublin"', "\u201eDublin\u201c"]),
+        ("N-4313.5", ["order N-4313.5 now", '"N-4313.5"', "(N-4313.5)"]),
+        ("ko7@mail.example", ["to ko7@mail.example:", '"ko7@mail.example"']),
+        ("\u4eac\u90fd", ["\u4eac\u90fd\u306e\u5929\u6c17", '"\u4eac\u90fd"']),
+        ("\uc11c\uc6b8", ["\uc11c\uc6b8\uc758", '"\uc11c\uc6b8"']),
+    ],
+)
+def test_a_value_is_cut_the_same_way_wherever_it_stands(value: str, around: list[str]) -> None:
+    cut = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
+    alone = [part for part, _ in cut.pre_tokenize_str(value)]
+    for text in around:
+        parts = [part for part, _ in cut.pre_tokenize_str(text)]
+        assert "".join(parts) == text
+        assert any(parts[i : i + len(alone)] == alone for i in range(len(parts))), parts
 
 
 def test_the_template_gives_the_ids_that_serving_builds(tmp_path: Path) -> None:

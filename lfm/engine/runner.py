@@ -72,7 +72,7 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         self._chunk_graphs: ChunkGraphs | None = None
         self._flags = SampleFlags()
-        self._flags_of: tuple[int, Ints] | None = None  # starts until then, and the rows that `_flags` is of
+        self._flags_of: tuple[int, Ints] | None = None  # changes until then, and the rows that `_flags` is of
 
     @property
     def num_replayed(self) -> int:
@@ -185,10 +185,10 @@ class Runner:
         """The flags of the rows that sample; those of the last step where they are the same sequences."""
         rows = forwarded.batch.rows
         device_rows = np.array([rows[index].sequence.row for index in forwarded.sampled_S])
-        num_starts = self._builder.tables.num_starts
         known = self._flags_of
-        if known is None or known[0] != num_starts or not np.array_equal(known[1], device_rows):
-            self._flags, self._flags_of = self.rows.flags(device_rows.tolist()), (num_starts, device_rows)
+        if known is None or known[0] != self.rows.num_changes or not np.array_equal(known[1], device_rows):
+            self._flags = self.rows.flags(device_rows.tolist())
+            self._flags_of = self.rows.num_changes, device_rows
         return self._flags
 
     def read(self, launched: Launched) -> StepResult:

@@ -146,6 +146,7 @@ class SamplingRows:
         self.counts_RV: Tensor | None = None  # int16
         self.masks_RW: Tensor | None = None  # int32: bit i % 32 of word i // 32 is set if id i may be sampled
         self._masked: set[int] = set()  # rows whose mask is not all ones
+        self.num_changes = 0  # while it stays, so do the flags of every row
         self.bias = IdLists(size, device)
         self.stops = IdLists(size, device)
         neutral = torch.tensor(_float_params(SamplingParams(max_tokens=1, temperature=0.0)), dtype=torch.float64)
@@ -198,6 +199,7 @@ class SamplingRows:
         self.stops.write(rows, [self._stop_entries(start.params) for start in starts], self._upload)
         for start in starts:
             self._flags[start.row] = flags_of(start.params)
+        self.num_changes += 1
 
     def _check(self, start: RowStart, ids: Tensor) -> None:
         if not 0 <= start.row < self.num_rows:
@@ -260,7 +262,9 @@ class SamplingRows:
             shape = (self.num_rows + 1, masks_KW.shape[1])
             self.masks_RW = torch.full(shape, -1, dtype=torch.int32, device=self.device)
         self.masks_RW[self._upload(torch.tensor(rows))] = masks_KW.to(self.device, non_blocking=True)
-        self._masked.update(rows)
+        if not self._masked.issuperset(rows):
+            self._masked.update(rows)
+            self.num_changes += 1
 
     def mark(self, outputs: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Mark output ids that were not sampled as seen, and count them: pairs of a row and its ids."""

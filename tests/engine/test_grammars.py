@@ -260,6 +260,22 @@ def test_forced_ids_save_steps(overlap: bool) -> None:
     assert counts[1] < counts[0] / 3
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("trigger_bias", [300.0, 85.0], ids=["at once", "later"])
+def test_ids_after_a_trigger_are_masked_though_no_sequence_starts(trigger_bias: float, overlap: bool) -> None:
+    """What the rows of a step need of the sampler is remembered from step to step; that once missed this change."""
+    spec = GrammarSpec(text=f"start: <[{TRIGGER}]> /[a-f]{{3}}/", trigger_id=TRIGGER)
+    bias = {encode("9")[0]: 100.0, TRIGGER: min(100.0, trigger_bias), EOS: 70.0}
+    if trigger_bias > 100:
+        del bias[encode("9")[0]]
+    asked = request("a", spec, logit_bias=bias, frequency_penalty=2.0)
+    (ids, end), *_ = run(engine_of(overlap=overlap), [asked]).values()
+    called = ids[ids.index(TRIGGER) + 1 :]
+    assert end.finish_reason == "stop"
+    assert len(spelt(called)) == 3
+    assert set(spelt(called)) <= set("abcdef")
+
+
 def test_forced_ids_are_counted_as_output() -> None:
     engine = engine_of()
     (ids, _), *_ = run(engine, [request("a", GRAMMARS["one text"])]).values()

@@ -109,6 +109,8 @@ class ApiServer(uvicorn.Server):
         if await super().on_tick(counter):
             return True
         if self._drain_until is None:
+            if self._state.backend.not_ready_reason is None:
+                self._state.grammars.warm_up()
             return False
         num_running = len(self._state.works)
         if num_running and time.monotonic() < self._drain_until:

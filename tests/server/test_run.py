@@ -22,6 +22,7 @@ from tests.server.fakes import (
     CHAT_PATH,
     FakeBackend,
     RunningServer,
+    TrialHere,
     chat_body,
     engine_info,
     events_of,
@@ -224,3 +225,18 @@ def is_alive(url: str) -> bool:
         return httpx2.get(url, timeout=TIMEOUT_S).status_code == 200
     except httpx2.TransportError:
         return False
+
+
+def test_the_process_that_tries_grammars_starts_once_and_when_the_model_is_ready() -> None:
+    backend = FakeBackend()
+    backend.reason = "loading"
+    with serving(backend) as server:
+        trial = state_of(server.app).grammars._trial
+        assert isinstance(trial, TrialHere)
+        assert post(server).status_code == 503
+        assert trial.tried == []
+        backend.reason = None
+        wait_until(lambda: bool(trial.tried), what="the start")
+        assert post(server).status_code == 200
+        state_of(server.app).grammars.warm_up()
+    assert len(trial.tried) == 1

@@ -86,6 +86,7 @@ class Result:
     limit_share: float | None
     experts_hit: float | None
     host_ms_per_step: float | None
+    cache_tokens: int  # that K, V and tails of the pool have room for
 
 
 def measure(config: EngineConfig, workloads: Sequence[Workload], *, num_runs: int, facts: Facts) -> Iterator[Result]:
@@ -143,6 +144,7 @@ def _measure(llm: LLM, workload: Workload, *, config: EngineConfig, num_runs: in
         limit_share=_limit_share(llm, workload, seconds=median_s, gpu=facts.gpu, hit=hit),
         experts_hit=None if hit is None else round(hit, 2),
         host_ms_per_step=round(statistics.median(llm.engine.host_ms), 4) if llm.engine.host_ms else None,
+        cache_tokens=llm.engine.info.num_blocks * llm.engine.info.block_size,
     )
 
 
@@ -260,7 +262,7 @@ def results_file(path: Path | None) -> Iterator[Callable[[Result], None]]:
 def print_results(results: Sequence[Result]) -> None:
     """A table for people, then one JSON line per workload for programs."""
     table = Table(box=SIMPLE, pad_edge=False)
-    for heading in ("workload", "n x in/out", "median s", "spread", "out tok/s", "all tok/s", "limit"):
+    for heading in ("workload", "n x in/out", "median s", "spread", "out tok/s", "all tok/s", "limit", "host ms"):
         table.add_column(heading, justify="left" if heading == "workload" else "right", no_wrap=True)
     for result in results:
         share = "-" if result.limit_share is None else f"{result.limit_share:.1%}"
@@ -272,8 +274,10 @@ def print_results(results: Sequence[Result]) -> None:
             f"{result.output_tokens_per_s:,.0f}",
             f"{result.total_tokens_per_s:,.0f}",
             share,
+            "-" if result.host_ms_per_step is None else f"{result.host_ms_per_step:.2f}",
         )
     Console().print(table)
+    Console().print("the cache holds " + ", ".join(sorted({f"{r.cache_tokens:,} tokens" for r in results})))
     for result in results:
         print(json.dumps(asdict(result)), flush=True)
 

@@ -19,7 +19,7 @@ from tests.cli.conftest import Lfm
 KEYS = {
     *("workload", "quantize", "kv_dtype", "dtype", "commit", "gpu", "driver", "torch", "triton", "requests"),
     *("input_tokens", "output_tokens", "sampling", "runs_s", "spread", "output_tokens_per_s", "total_tokens_per_s"),
-    *("limit_share", "experts_hit", "host_ms_per_step"),
+    *("limit_share", "experts_hit", "host_ms_per_step", "cache_tokens"),
 }
 SMALL = {
     "b1": Workload(name="b1", requests=1, input_tokens=20, output_tokens=6),

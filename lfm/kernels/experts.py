@@ -116,6 +116,6 @@ def experts(
     if has_prefill_kernels(x_TD.device):
         if scales is None and num_tokens >= MIN_PREFILL_TOKENS:
             return experts_prefill(*args)
-        if scales is not None and num_tokens >= tuned_for(x_TD.device).prefill_tokens["fp8"]:
+        if scales is not None and num_tokens >= tuned_for(x_TD.device).fp8_prefill_tokens:
             return experts_prefill_fp8(*args, scales)
     return experts_grouped(*args, scales)

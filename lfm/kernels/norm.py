@@ -138,10 +138,13 @@ def norm_project(h_TD: Tensor, norm: Norm, projection: Linear) -> Tensor:
 
 def dense(h_TD: Tensor, norm: Norm, gate_up: Linear, down: Linear) -> Tensor:
     """As `dense_ref`; h's memory may become the result's, as in `project_add`."""
-    if tile := find_tile("gate_up", h_TD, gate_up.weight):
-        act_TI = stream_gate_up(h_TD, norm, gate_up, tile)
-    elif runs_triton(h_TD):
-        act_TI = silu_mul(norm_project(h_TD, norm, gate_up))
-    else:
+    if not runs_triton(h_TD):
         return dense_ref(h_TD, norm, gate_up, down)
-    return project_add(h_TD, act_TI, down)
+    return project_add(h_TD, gated(h_TD, norm, gate_up), down)
+
+
+def gated(h_TD: Tensor, norm: Norm, gate_up: Linear) -> Tensor:
+    """silu(gate x) * (up x) [T, I] with x = norm(h), by kernels."""
+    if tile := find_tile("gate_up", h_TD, gate_up.weight):
+        return stream_gate_up(h_TD, norm, gate_up, tile)
+    return silu_mul(norm_project(h_TD, norm, gate_up))

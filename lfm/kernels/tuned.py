@@ -6,7 +6,8 @@ Entries are keyed by tokens and kind of weights, never by a mean load: an expert
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -74,12 +75,29 @@ class Tuned(NamedTuple):
     stream: Mapping[WeightKind, Mapping[tuple[str, int], StreamTile]]
     pairs: Mapping[WeightKind, PairTiles]
     grouped: Mapping[WeightKind, tuple[GroupedTiles, ...]]
-    prefill_tokens: Mapping[WeightKind, int]  # from here on experts are a large product, not a stream of weights
+    fp8_prefill_tokens: int  # from here on experts in fp8 are large products, both operands in fp8
+
+
+_replacements: list[Tuned] = []
+
+
+def tuned_for(device: torch.device) -> Tuned:
+    """The tables of a device; those of a small GPU for a CPU, where only the interpreter asks."""
+    return _replacements[-1] if _replacements else _tables_of(device)
+
+
+@contextmanager
+def replaced(tables: Tuned) -> Iterator[None]:
+    """All kernels take `tables` meanwhile, on every device and thread: for measuring and for tests."""
+    _replacements.append(tables)
+    try:
+        yield
+    finally:
+        _replacements.pop()
 
 
 @cache
-def tuned_for(device: torch.device) -> Tuned:
-    """The tables of a device; those of a small GPU for a CPU, where only the interpreter asks."""
+def _tables_of(device: torch.device) -> Tuned:
     if device.type != "cuda":
         return read_tables(FOLDER / "default_small.json")
     name = torch.cuda.get_device_name(device).lower().replace(" ", "_")
@@ -89,7 +107,7 @@ def tuned_for(device: torch.device) -> Tuned:
 
 
 def read_tables(path: Path) -> Tuned:
-    """The tables of one file. Its keys: stream[kind][what][slots], pairs[kind], grouped[kind], prefill_tokens[kind]."""
+    """The tables of a file: gpu, stream[kind][what][slots], pairs[kind], grouped[kind], fp8_prefill_tokens."""
     raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return Tuned(
         stream={
@@ -105,7 +123,7 @@ def read_tables(path: Path) -> Tuned:
             for kind, tiles in raw["pairs"].items()
         },
         grouped={kind: tuple(_grouped(entry) for entry in entries) for kind, entries in raw["grouped"].items()},
-        prefill_tokens=raw["prefill_tokens"],
+        fp8_prefill_tokens=raw["fp8_prefill_tokens"],
     )
 
 

@@ -13,7 +13,7 @@ from lfm.kernels.moe_prefill_fp8 import experts_prefill_fp8
 from lfm.kernels.moe_small import experts_small
 from lfm.kernels.route_topk import MAX_FEW_TOKENS, MAX_SPREAD_TOKENS, route_fast
 from lfm.kernels.router import route_ref
-from lfm.kernels.tuned import FOLDER, GroupedTiles, Tuned, WeightKind, read_tables, tuned_for
+from lfm.kernels.tuned import FOLDER, GroupedTiles, WeightKind, read_tables, replaced, tuned_for
 from lfm.kernels.weights import ExpertScales, Norm, Router
 from tests.kernels.interpreted import IS_INTERPRETED, run_interpreted
 from tests.kernels.moe import Layer, Sizes, make_layer
@@ -63,12 +63,11 @@ else:
     def test_every_tile(
         kind: WeightKind, tiles: GroupedTiles, has_copy_engine: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        tables: Tuned = tuned_for(torch.device("cpu"))._replace(grouped={kind: (tiles,)})
-        monkeypatch.setattr(moe_grouped, "tuned_for", lambda device: tables)
         monkeypatch.setattr(moe_grouped, "has_copy_engine", lambda device: has_copy_engine)
         layer = make_layer(27, Sizes(hidden=64, experts=4, width=64, chosen=2), dtype=torch.float32)
         args = quantised(layer) if kind == "fp8" else layer
-        torch.testing.assert_close(experts_grouped(*args), experts_ref(*args))
+        with replaced(tuned_for(torch.device("cpu"))._replace(grouped={"bf16": (tiles,), "fp8": (tiles,)})):
+            torch.testing.assert_close(experts_grouped(*args), experts_ref(*args))
 
     @pytest.mark.parametrize(
         ("run", "num_tokens"), [(experts_small, 1), (experts_small, 4), (experts_grouped, 5), (experts_grouped, 70)]

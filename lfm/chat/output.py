@@ -28,13 +28,21 @@ class TokenScore:
     top: tuple["TokenScore", ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolStep:
+    """Something that a tool in the server did. `position`: characters of the answer's text that stand before it."""
+
+    position: int
+
+
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What an event adds to one choice. A choice has exactly one terminal delta: the one with a `finish_reason`.
 
     `token_ids` are the billed tokens, a sampled stop token included, and `logprobs` (if asked for) has one entry for
     each of them; `text` may lag behind, since it is held while it could be half a character or begin a stop string.
-    `calls` has at most one piece of each tool call, in order; text that came with them stood in front of them.
+    `calls` has at most one piece of each tool call, in order; text that came with them stood in front of them. `steps`
+    come from loops that run tools between turns; no turn of a model has any.
     """
 
     text: str = ""
@@ -45,6 +53,7 @@ class Delta:
     error: ErrorInfo | None = None
     stopped_by_string: bool = False
     calls: tuple[CallDelta, ...] = ()
+    steps: tuple[ToolStep, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether there is anything to send."""
@@ -208,6 +217,7 @@ def join_deltas(deltas: Iterable[Delta]) -> Delta:
         error=next((delta.error for delta in deltas if delta.error is not None), None),
         stopped_by_string=any(delta.stopped_by_string for delta in deltas),
         calls=join_calls(piece for delta in deltas for piece in delta.calls),
+        steps=tuple(step for delta in deltas for step in delta.steps),
     )
 
 

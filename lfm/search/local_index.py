@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class LocalIndex:
         self.store = Store(folder / STORE_FILE)
         self._text = text_index or default_text_index(folder)
         self._vectors = _open_vectors(folder, embeddings) if embeddings is not None else None
+        self._following = threading.Lock()  # held by the thread that brings the text index up to date for a search
         self._seen: Position | None = None  # the head of the log when the text index was last seen to be there
 
     def close(self) -> None:
@@ -149,10 +151,12 @@ class LocalIndex:
         return self._text.search(terms, limit=limit)
 
     def _follow(self, head: Position) -> None:
-        """Get to the head of the log, unless another process is about to and there is something to search meanwhile."""
+        """Get to the head of the log, unless somebody else is about to and there is something to search meanwhile."""
         position = self._text.position()
         if position == head:
             self._seen = head
+            return
+        if not self._following.acquire(blocking=position is None):
             return
         try:
             with self._exclusive(wait_s=0.0):
@@ -160,6 +164,8 @@ class LocalIndex:
         except IndexBusyError:
             if position is None:
                 raise
+        finally:
+            self._following.release()
 
     def _follow_log(self, on_change: OnChange) -> None:
         catch_up(self._text, self.store, on_change=on_change)

@@ -118,11 +118,19 @@ def _max_tokens(request: SamplingRequest, num_prompt_tokens: int, info: EngineIn
 
     A prompt that fills the context leaves nothing; asking for one token lets the engine refuse it with the numbers.
     """
-    num_cache_tokens = info.num_blocks * info.block_size + 1  # the last id is never computed
-    left = max(1, min(info.max_model_len, num_cache_tokens) - num_prompt_tokens)
+    left = max(1, _num_context_tokens(info) - num_prompt_tokens)
     if request.token_limit is None:
         return left
     return min(request.token_limit, left) if request.is_clamped else request.token_limit
+
+
+def num_context_tokens(state: AppState) -> int:
+    """The longest that a prompt and its answer can be together."""
+    return _num_context_tokens(state.backend.info)
+
+
+def _num_context_tokens(info: EngineInfo) -> int:
+    return min(info.max_model_len, info.num_blocks * info.block_size + 1)  # the last id is never computed
 
 
 async def open_generation(source: DeltaSource, request: SamplingRequest, *, prompt_field: str) -> None:

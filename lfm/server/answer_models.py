@@ -4,6 +4,16 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from lfm.server.search_answer_models import (
+    Annotation,
+    FileSearchItem,
+    ResultCitation,
+    SearchCount,
+    SearchResultBlock,
+    SearchUseBlock,
+    WebSearchItem,
+)
+
 JsonObject = dict[str, object]
 JsonArray = list[object]
 
@@ -79,30 +89,6 @@ class CompletionLogprobs(TokenArrays):
 class EchoedPrompt(BaseModel):
     text: str
     logprobs: TokenArrays | None
-
-
-class DocumentPlace(BaseModel):
-    """A sentence of the request's document number `index`, from 0."""
-
-    index: int
-    start_index: int
-    end_index: int
-
-
-class UrlCitation(BaseModel):
-    """[start_index, end_index) of the answer is the statement that the source supports; `content` is what it says."""
-
-    start_index: int
-    end_index: int
-    title: str
-    url: str
-    content: str | None = None
-    document: DocumentPlace | None = None
-
-
-class Annotation(BaseModel):
-    type: Literal["url_citation"]
-    url_citation: UrlCitation
 
 
 class FunctionCall(BaseModel):
@@ -255,7 +241,7 @@ class ResponseAnswer(BaseModel):
     max_tool_calls: int | None
     metadata: dict[str, str]
     model: str
-    output: list[MessageItem | FunctionCallItem]
+    output: list[MessageItem | FunctionCallItem | WebSearchItem | FileSearchItem]
     parallel_tool_calls: bool
     previous_response_id: str | None
     prompt_cache_key: str | None
@@ -285,7 +271,7 @@ class DeletedResponse(BaseModel):
 
 class InputItemsPage(BaseModel):
     object: Literal["list"]
-    data: list[MessageItem | FunctionCallItem | FunctionCallOutputItem]
+    data: list[MessageItem | FunctionCallItem | FunctionCallOutputItem | WebSearchItem | FileSearchItem]
     first_id: str | None
     last_id: str | None
     has_more: bool
@@ -294,6 +280,7 @@ class InputItemsPage(BaseModel):
 class TextBlock(BaseModel):
     type: Literal["text"]
     text: str
+    citations: list[ResultCitation] = Field(default_factory=list)
 
 
 class ToolUseBlock(BaseModel):
@@ -310,6 +297,7 @@ class MessageUsage(BaseModel):
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    server_tool_use: SearchCount | None = None
 
 
 class MessageAnswer(BaseModel):
@@ -317,7 +305,7 @@ class MessageAnswer(BaseModel):
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[TextBlock | ToolUseBlock]
+    content: list[TextBlock | ToolUseBlock | SearchUseBlock | SearchResultBlock]
     stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
     stop_sequence: str | None
     usage: MessageUsage

@@ -14,6 +14,7 @@ from lfm.server.generation import Choice
 from lfm.server.logprobs import chat_logprobs, token_arrays
 from lfm.server.refusals import CHAT_RULES
 from lfm.server.schemas import ChatRequest
+from lfm.server.server_tools import ServerTools
 
 Annotate = Callable[[str], list[Json]]
 
@@ -30,15 +31,15 @@ class Chat:
         turn = await plan_turn(
             request.messages, request.output_fields, state=call.state, num_bytes=call.num_bytes, param="messages"
         )
-        annotate = None
+        server_tools = ServerTools(request.search_tools)
+        citations = server_tools.citations
         if request.documents:
-            grounding = await ground(request, num_prompt_tokens=len(turn.prompt_ids), state=call.state)
-            annotate = grounding.annotations
-            turn = await with_messages(
-                turn, grounding.messages, state=call.state, num_bytes=call.num_bytes, param="messages"
-            )
+            messages = await ground(request, citations, num_prompt_tokens=len(turn.prompt_ids), state=call.state)
+            turn = await with_messages(turn, messages, state=call.state, num_bytes=call.num_bytes, param="messages")
+        annotate = citations.in_chat if request.documents or request.search_tools else None
         echoed = shown_prompt(turn.prompt_ids, call.state.tokenizer) if request.echo else None
-        return Prepared.of_turn(turn, partial(ChatShape, echoed=echoed, annotate=annotate))
+        shape = partial(ChatShape, echoed=echoed, annotate=annotate)
+        return Prepared.of_turn(turn, shape, server_tools=server_tools)
 
 
 class ChatShape(ChunkShape):

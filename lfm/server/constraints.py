@@ -117,6 +117,13 @@ async def plan_next_turn(turn: Turn, more: Sequence[Message], *, state: AppState
     return await with_messages(replace(turn, rules=rules), messages, state=state, num_bytes=num_bytes, param=param)
 
 
+async def with_tools(turn: Turn, names: frozenset[str], *, state: AppState) -> Turn:
+    """The same turn and prompt, but only these of its tools may be called."""
+    rules = await asyncio.to_thread(_restricted, turn.rules, names, state)
+    await check_grammar(rules, state=state)
+    return replace(turn, rules=rules)
+
+
 async def read_rules(messages: Sequence[Message], fields: OutputFields, *, state: AppState) -> OutputRules:
     """What the fields ask for. The grammar is not tried yet; nothing may be generated before `check_grammar`."""
     if fields.asks_for_nothing:
@@ -196,6 +203,15 @@ def _calls_grammar(rules: OutputRules, state: AppState) -> GrammarSpec:
         is_parallel=rules.is_parallel,
         answer=rules.answer,
     )
+
+
+def _restricted(rules: OutputRules, names: frozenset[str], state: AppState) -> OutputRules:
+    names &= rules.choice.names if rules.choice.names is not None else names
+    if names:
+        rules = replace(rules, choice=ToolChoice("auto", names))
+        return replace(rules, grammar=_calls_grammar(rules, state))
+    grammar = None if rules.answer is None else answer_grammar(rules.answer)
+    return replace(rules, choice=NO_CALLS, grammar=grammar)
 
 
 def _without_obligation(rules: OutputRules, state: AppState) -> OutputRules:

@@ -6,7 +6,7 @@ same documents share that prefix, and the engine finds it in its cache.
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from lfm.chat.messages import Message
 from lfm.chat.tokenizer import Tokenizer
@@ -14,7 +14,7 @@ from lfm.errors import RequestError
 from lfm.search.packing import CONTEXT_TOKENS, Passage, SourceDocument, pack
 from lfm.search.sources import CITE_INSTRUCTION, render
 from lfm.server.schemas import ChatRequest
-from lfm.server.search_annotations import Cited, Json, chat_annotations
+from lfm.server.search_annotations import Citations, Cited
 from lfm.server.state import AppState
 
 DEFAULT_TOKENS = CONTEXT_TOKENS["high"]
@@ -22,21 +22,10 @@ _ANSWER_TOKENS = 1_024  # left for an answer whose length the request does not l
 _MIN_TOKENS = 64  # less than the smallest passage with its fence
 
 
-@dataclass(frozen=True, slots=True)
-class Grounding:
-    """Messages with the passages in them, and the passages. Without documents nothing is changed."""
-
-    messages: list[Message]
-    passages: list[Passage] = field(default_factory=list)
-    documents: Sequence[SourceDocument] = ()
-
-    def annotations(self, text: str) -> list[Json]:
-        """What an answer cites, in the form of chat completions."""
-        return chat_annotations(text, [_cited(passage, self.documents) for passage in self.passages])
-
-
-async def ground(request: ChatRequest, *, num_prompt_tokens: int, state: AppState) -> Grounding:
-    """Choose the passages that fit and matter to the newest question, in a thread.
+async def ground(
+    request: ChatRequest, citations: Citations, *, num_prompt_tokens: int, state: AppState
+) -> list[Message]:
+    """The messages with the passages that fit and matter to the newest question; what can be cited goes to `citations`.
 
     `num_prompt_tokens` is the length of the conversation without documents. Raises RequestError if the documents hold
     text and none of it fits.
@@ -58,14 +47,16 @@ async def ground(request: ChatRequest, *, num_prompt_tokens: int, state: AppStat
                 param="documents",
                 code="context_length_exceeded",
             )
-        return Grounding(list(messages))
+        return list(messages)
+    for passage in passages:
+        citations.add(_cited(passage, documents))
     text = f"{CITE_INSTRUCTION}\n\n{render([passage.source for passage in passages])}"
     first = messages[0] if messages and messages[0].role in ("system", "developer") else None
     if first is None:
-        return Grounding([Message(role="system", content=text), *messages], passages, documents)
+        return [Message(role="system", content=text), *messages]
     # The model was trained on one system turn, so theirs and ours are one.
     joined = replace(first, content=f"{first.text}\n\n{text}" if first.text else text)
-    return Grounding([joined, *messages[1:]], passages, documents)
+    return [joined, *messages[1:]]
 
 
 def document_budget(

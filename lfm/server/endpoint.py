@@ -4,14 +4,16 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
+import msgspec
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from lfm.chat.stop import StopStrings
 from lfm.protocol import EngineRequest
-from lfm.server.admission import check_model, make_requests, open_generation
+from lfm.server.admission import check_model, make_requests, num_context_tokens, open_generation
 from lfm.server.answer import AnswerHead, AnswerShape, send_events, send_whole
 from lfm.server.asgi import JsonBody, read_json_object
 from lfm.server.constraints import FREE, OutputRules, Turn
@@ -20,6 +22,8 @@ from lfm.server.disconnect import run_while_connected
 from lfm.server.generation import DeltaSource, Generation
 from lfm.server.refusals import FieldRules, as_warnings
 from lfm.server.schemas import SamplingRequest, parse_request
+from lfm.server.server_tools import ServerTools
+from lfm.server.server_tools_loop import ToolLoop
 from lfm.server.state import AppState, RequestRecord, record_of
 
 R = TypeVar("R", bound=SamplingRequest)
@@ -39,6 +43,7 @@ class Prepared:
     """What a family makes of a request: the ids of each prompt, the form of the answer, and what it has to warn of.
 
     `rules` hold for the output of every prompt. `turn` is the conversation that the prompt was made of, if it was.
+    `server_tools` are those of its tools that run here.
     """
 
     prompts: list[list[int]]
@@ -46,11 +51,17 @@ class Prepared:
     warnings: list[str] = field(default_factory=list)
     rules: OutputRules = FREE
     turn: Turn | None = None
+    server_tools: ServerTools | None = None
 
     @staticmethod
-    def of_turn(turn: Turn, shape: Callable[[AnswerHead], AnswerShape], warnings: Sequence[str] = ()) -> "Prepared":
+    def of_turn(
+        turn: Turn,
+        shape: Callable[[AnswerHead], AnswerShape],
+        warnings: Sequence[str] = (),
+        server_tools: ServerTools | None = None,
+    ) -> "Prepared":
         """One turn of a conversation, with what its rules have to warn of."""
-        return Prepared([turn.prompt_ids], shape, [*warnings, *turn.rules.notes], turn.rules, turn)
+        return Prepared([turn.prompt_ids], shape, [*warnings, *turn.rules.notes], turn.rules, turn, server_tools)
 
 
 class Family(Protocol[R]):
@@ -89,33 +100,71 @@ async def plan_request(family: Family[R], body: dict[str, object], *, call: Call
     stop = StopStrings(request.stop_strings, param=request.stop_field)
     prepared = await family.prepare(request, call=call)
     request_id = f"{family.id_prefix}{uuid.uuid4().hex}"
-    call_start = call.state.tokenizer.special.tool_call_start
     return Planned(
         request=request,
         request_id=request_id,
         prepared=prepared,
         stop=stop,
-        engine_requests=make_requests(
-            request,
-            prepared.prompts,
-            request_id=request_id,
-            tenant=call.owner,
-            state=call.state,
-            grammar=prepared.rules.grammar,
-            banned_ids=() if call_start is None or not prepared.rules.bans_calls else (call_start,),
-        ),
+        engine_requests=_engine_requests(request, prepared.prompts, prepared.rules, request_id=request_id, call=call),
     )
 
 
-def make_source(plan: Planned[R], *, call: Call, record: RequestRecord) -> DeltaSource:
-    """Where the deltas of an answer come from. Nothing runs before its `open`."""
-    return Generation(
+def _engine_requests(
+    request: SamplingRequest, prompts: Sequence[list[int]], rules: OutputRules, *, request_id: str, call: Call
+) -> list[EngineRequest]:
+    call_start = call.state.tokenizer.special.tool_call_start
+    return make_requests(
+        request,
+        prompts,
+        request_id=request_id,
+        tenant=call.owner,
+        state=call.state,
+        grammar=rules.grammar,
+        banned_ids=() if call_start is None or not rules.bans_calls else (call_start,),
+    )
+
+
+def make_source(plan: Planned[R], *, param: str, call: Call, record: RequestRecord) -> DeltaSource:
+    """Where the deltas of an answer come from. Nothing runs before its `open`. `param` is what holds the messages."""
+    prepared = plan.prepared
+    first = Generation(
         plan.engine_requests,
         stop=plan.stop,
         n=plan.num_choices,
         state=call.state,
         record=record,
-        reads_calls=plan.prepared.rules.reads_calls,
+        reads_calls=prepared.rules.reads_calls,
+    )
+    has_tools = prepared.server_tools is not None and prepared.server_tools.tools
+    if prepared.server_tools is None or not has_tools or prepared.turn is None or not prepared.rules.reads_calls:
+        return first
+    return ToolLoop(
+        first,
+        turn=prepared.turn,
+        server_tools=prepared.server_tools,
+        generate=partial(_next_generation, plan, call=call, record=record),
+        state=call.state,
+        record=record,
+        tenant=call.owner,
+        param=param,
+    )
+
+
+def _next_generation(plan: Planned[R], turn: Turn, max_tokens: int, *, call: Call, record: RequestRecord) -> Generation:
+    """A later turn of the same answer, sampled with the same seed."""
+    requests = _engine_requests(
+        plan.request, [turn.prompt_ids], turn.rules, request_id=f"{plan.request_id}-{len(turn.messages)}", call=call
+    )
+    left = max(1, num_context_tokens(call.state) - len(turn.prompt_ids))
+    seed = plan.engine_requests[0].sampling.seed
+    sampling = msgspec.structs.replace(requests[0].sampling, max_tokens=min(max_tokens, left), seed=seed)
+    return Generation(
+        [msgspec.structs.replace(requests[0], sampling=sampling)],
+        stop=plan.stop,
+        n=1,
+        state=call.state,
+        record=record,
+        reads_calls=turn.rules.reads_calls,
     )
 
 
@@ -135,7 +184,7 @@ class GenerationEndpoint(Generic[R]):
         family, state, record = self._family, self._state, record_of(scope)
         call = Call(state=state, num_bytes=body.num_bytes, owner=record.owner)
         plan = await plan_request(family, body.value, call=call)
-        source = make_source(plan, call=call, record=record)
+        source = make_source(plan, param=family.prompt_field, call=call, record=record)
         head = AnswerHead(
             request_id=plan.request_id,
             created=int(time.time()),

@@ -1,8 +1,9 @@
 """POST /v1/messages and /v1/messages/count_tokens in Anthropic's form: blocks in, blocks and their events out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
+import orjson
 from pydantic_core import from_json
 from starlette.types import Receive, Scope, Send
 
@@ -19,6 +20,9 @@ from lfm.server.generation import Choice
 from lfm.server.messages_input import MessagesRequest, TokenCountRequest
 from lfm.server.refusals import MESSAGES_RULES
 from lfm.server.schemas import parse_request
+from lfm.server.search_items import in_order, tool_result_block, tool_use_block
+from lfm.server.server_tools import ServerTools
+from lfm.server.server_tools_loop import SearchStep
 from lfm.server.sse import KEEP_ALIVE, named_event
 from lfm.server.state import AppState
 
@@ -38,7 +42,10 @@ class Messages:
         await check_grammar(rules, state=call.state)
         prompt_ids = await _prompt_ids(request, rules, state=call.state, num_bytes=call.num_bytes)
         turn = Turn(messages=request.conversation, rules=rules, prompt_ids=prompt_ids)
-        return Prepared.of_turn(turn, partial(MessageShape, max_tokens=request.max_tokens))
+        server_tools = ServerTools(request.search_tools)
+        cites = server_tools.citations.in_message if server_tools.tools else None
+        shape = partial(MessageShape, max_tokens=request.max_tokens, cites=cites)
+        return Prepared.of_turn(turn, shape, server_tools=server_tools)
 
 
 class TokenCount:
@@ -74,9 +81,15 @@ async def _prompt_ids(request: TokenCountRequest, rules: OutputRules, *, state: 
 
 
 class MessageShape:
-    """One answer. `max_tokens` is what the client asked for, which may be more than the context had left."""
+    """One answer. `max_tokens` is what the client asked for, which may be more than the context had left.
 
-    def __init__(self, head: AnswerHead, *, max_tokens: int) -> None:
+    `cites` says what a text cites, where tools of the server search.
+    """
+
+    def __init__(self, head: AnswerHead, *, max_tokens: int, cites: Callable[[str], list[Json]] | None = None) -> None:
+        self._cites = cites
+        self._texts: list[str] = []  # of the block being written, if it may cite
+        self._num_searches = 0
         self._head = head
         self._max_tokens = max_tokens
         self._has_begun = False
@@ -106,7 +119,7 @@ class MessageShape:
     async def end(self, usage: Usage) -> bytes:
         assert self._end is not None, "the last delta comes before the end"
         events = self._close_block()
-        events.append({"type": "message_delta", "delta": self._stop(*self._end), "usage": _usage_json(usage)})
+        events.append({"type": "message_delta", "delta": self._stop(*self._end), "usage": self._usage(usage)})
         events.append({"type": "message_stop"})
         return b"".join(map(named_event, events))
 
@@ -115,19 +128,49 @@ class MessageShape:
 
     async def body(self, choices: Sequence[tuple[Choice, Delta]], usage: Usage) -> Json:
         choice, delta = choices[0]
-        content: list[Json] = [{"type": "text", "text": delta.text}] if delta.text else []
-        content += [_tool_use(call) | {"input": _read_input(call.arguments)} for call in delta.calls]
+        content = [block for piece in in_order(delta) for block in self._blocks(piece)]
         return self._message(content=content, usage=usage) | self._stop(choice, delta)
+
+    def _blocks(self, delta: Delta) -> list[Json]:
+        """The blocks of a piece of a whole answer."""
+        blocks: list[Json] = []
+        if delta.text:
+            citations = [] if self._cites is None else self._cites(delta.text)
+            blocks.append({"type": "text", "text": delta.text} | ({"citations": citations} if citations else {}))
+        blocks += [_tool_use(call) | {"input": _read_input(call.arguments)} for call in delta.calls]
+        for step in delta.steps:
+            if isinstance(step, SearchStep) and step.run is None:
+                self._num_searches += 1
+                blocks.append(tool_use_block(step) | {"input": {"query": step.query}})
+            elif isinstance(step, SearchStep):
+                blocks.append(tool_result_block(step))
+        return blocks
+
+    def _search_events(self, step: SearchStep) -> list[Json]:
+        """A search is two blocks: what was looked for, and what was found."""
+        if step.run is not None:
+            return [*self._open_block(f"{step.call_id} done", tool_result_block(step)), *self._close_block()]
+        self._num_searches += 1
+        query = orjson.dumps({"query": step.query}).decode()
+        return [
+            *self._open_block(step.call_id, tool_use_block(step)),
+            self._block_delta({"type": "input_json_delta", "partial_json": query}),
+            *self._close_block(),
+        ]
 
     def _content_events(self, delta: Delta) -> list[Json]:
         events: list[Json] = []
         if delta.text:
             events += self._open_block("text", {"type": "text", "text": ""})
+            self._texts.append(delta.text)
             events.append(self._block_delta({"type": "text_delta", "text": delta.text}))
         for call in delta.calls:
             events += self._open_block(call.id, _tool_use(call))
             if call.arguments:
                 events.append(self._block_delta({"type": "input_json_delta", "partial_json": call.arguments}))
+        for step in delta.steps:
+            if isinstance(step, SearchStep):
+                events += self._search_events(step)
         return events
 
     def _open_block(self, key: str, block: Json) -> list[Json]:
@@ -145,8 +188,12 @@ class MessageShape:
     def _close_block(self) -> list[Json]:
         if self._open is None:
             return []
-        self._open = None
-        return [{"type": "content_block_stop", "index": self._num_blocks - 1}]
+        citations = [] if self._cites is None or self._open != "text" else self._cites("".join(self._texts))
+        self._open, self._texts = None, []
+        return [
+            *(self._block_delta({"type": "citations_delta", "citation": citation}) for citation in citations),
+            {"type": "content_block_stop", "index": self._num_blocks - 1},
+        ]
 
     def _block_delta(self, delta: Json) -> Json:
         return {"type": "content_block_delta", "index": self._num_blocks - 1, "delta": delta}
@@ -158,9 +205,13 @@ class MessageShape:
             "role": "assistant",
             "model": self._head.model,
             "content": content,
-            "usage": _usage_json(usage),
+            "usage": self._usage(usage),
         }
         return message | {"warnings": self._head.warnings} if self._head.warnings else message
+
+    def _usage(self, usage: Usage) -> Json:
+        searches: Json = {"server_tool_use": {"web_search_requests": self._num_searches}}
+        return _usage_json(usage) | (searches if self._num_searches else {})
 
     def _stop(self, choice: Choice, delta: Delta) -> Json:
         if delta.finish_reason == "length":

@@ -13,11 +13,15 @@ from lfm.errors import RequestError
 from lfm.server.input_models import SystemText, Turns
 from lfm.server.output_fields import OutputFields
 from lfm.server.schemas import FormatField, SamplingRequest, ToolFormatField, keep, shown
+from lfm.server.search_items import past_results
+from lfm.server.search_models import MessagesWebSearch
+from lfm.server.server_tools import SearchTool, take_tools
 from lfm.server.tool_models import MessagesTool, MessagesToolChoice
 from lfm.server.tool_turns import ToolTurns
 
 # Claude Code's first system block. It changes with every request, so no prefix after it would ever be found again.
 BILLING_HEADER = "x-anthropic-billing-header"
+SEARCH_RESULTS = ("web_search_tool_result", "file_search_tool_result")
 PAST_THINKING = ("thinking", "redacted_thinking")  # of other models; this one has no place for it
 
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # what OpenAI calls them; the fourth is a tool by name
@@ -68,7 +72,7 @@ def parse_turns(value: object) -> list[Message]:
         role = typed(raw.get("role"), str, f"{where}.role")
         blocks = _blocks(raw.get("content"), f"{where}.content")
         if role == "assistant":
-            messages.append(_assistant_turn(blocks, turns))
+            messages += _assistant_turns(blocks, turns)
         elif role == "user":
             messages += _user_turns(blocks, turns)
         else:
@@ -99,7 +103,9 @@ class TokenCountRequest(SamplingRequest):
 
     messages: Annotated[list[Message], PlainValidator(parse_turns, json_schema_input_type=Turns)]
     system: Annotated[str, PlainValidator(parse_system, json_schema_input_type=SystemText)] = ""
-    tools: Annotated[object, PlainValidator(keep, json_schema_input_type=list[MessagesTool] | None)] = None
+    tools: Annotated[
+        object, PlainValidator(keep, json_schema_input_type=list[MessagesTool | MessagesWebSearch] | None)
+    ] = None
     tool_choice: Annotated[
         ParsedChoice, PlainValidator(parse_choice, json_schema_input_type=MessagesToolChoice | None)
     ] = ParsedChoice()
@@ -122,7 +128,7 @@ class TokenCountRequest(SamplingRequest):
         config_format = (self.output_config or {}).get("format")
         is_old = config_format is None
         return OutputFields(
-            tools=self.tools,
+            tools=take_tools(self.tools, syntax=ANTHROPIC_TOOLS)[0],
             tool_choice=self.tool_choice.choice,
             is_parallel=self.tool_choice.is_parallel,
             answer_format=self.output_format if is_old else config_format,
@@ -130,6 +136,10 @@ class TokenCountRequest(SamplingRequest):
             tool_syntax=ANTHROPIC_TOOLS,
             format_param="output_format" if is_old else "output_config.format",
         )
+
+    @property
+    def search_tools(self) -> dict[str, SearchTool]:
+        return take_tools(self.tools)[1]
 
     def check_combinations(self) -> None:
         fields = self.output_fields
@@ -168,11 +178,28 @@ class MessagesRequest(TokenCountRequest):
         return True
 
 
+def _assistant_turns(blocks: Sequence[tuple[Block, str]], turns: ToolTurns) -> list[Message]:
+    """One turn, or several where tools of the server ran between them."""
+    messages: list[Message] = []
+    own: list[tuple[Block, str]] = []
+    for block, where in blocks:
+        if block["type"] not in SEARCH_RESULTS:
+            own.append((block, where))
+            continue
+        call_id = typed(block.get("tool_use_id"), str, f"{where}.tool_use_id")
+        if own:
+            messages.append(_assistant_turn(own, turns))
+            own = []
+        turns.add_result(call_id, f"{where}.tool_use_id")
+        messages.append(Message(role="tool", content=past_results(block.get("content")), tool_call_id=call_id))
+    return [*messages, _assistant_turn(own, turns)] if own or not messages else messages
+
+
 def _assistant_turn(blocks: Sequence[tuple[Block, str]], turns: ToolTurns) -> Message:
     texts, calls = [], []
     for block, where in blocks:
         kind = block["type"]
-        if kind == "tool_use":
+        if kind in ("tool_use", "server_tool_use"):
             turns.add_call(typed(block.get("id"), str, f"{where}.id"), f"{where}.id")
             name = typed(block.get("name"), str, f"{where}.name")
             calls.append(ToolCall(name=name, arguments=typed(block.get("input"), dict, f"{where}.input")))

@@ -80,7 +80,6 @@ CHAT_RULES = FieldRules(
     refused={
         "functions": none_of([]),
         "function_call": none_of("none", "auto"),
-        "web_search_options": none_of(),
         "modalities": none_of(["text"], []),
         "audio": none_of(),
         "moderation": none_of(),
@@ -129,6 +128,7 @@ COMPLETION_RULES = FieldRules(
         "tool_choice": none_of("none", "auto"),
         "tool_format": none_of(),
         "documents": none_of([]),
+        "web_search_options": none_of(),
         **CHAT_RULES.refused,
     },
     without_effect=CHAT_RULES.without_effect,

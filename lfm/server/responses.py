@@ -17,6 +17,7 @@ from lfm.server.refusals import NO_REASONING, RESPONSES_RULES
 from lfm.server.responses_input import Item, ResponsesRequest, to_messages
 from lfm.server.responses_shape import ResponseShape
 from lfm.server.schemas import shown
+from lfm.server.server_tools import ServerTools
 from lfm.server.state import AppState, record_of
 from lfm.service.responses_store import StoredResponse
 
@@ -53,10 +54,15 @@ class Responses:
 
         has_reasoning = request.input.num_reasoning > 0
         warnings = [f"input[] of type reasoning has no effect: {NO_REASONING}."] if has_reasoning else []
+        server_tools = ServerTools(request.search_tools)
         shape = partial(
-            ResponseShape, request=request, store=store, call_start_id=call.state.tokenizer.special.tool_call_start
+            ResponseShape,
+            request=request,
+            store=store,
+            call_start_id=call.state.tokenizer.special.tool_call_start,
+            annotate=server_tools.citations.in_response if server_tools.tools else None,
         )
-        return Prepared.of_turn(turn, shape, warnings)
+        return Prepared.of_turn(turn, shape, warnings, server_tools)
 
 
 async def _past_items(request: ResponsesRequest, *, call: Call) -> list[Item]:

@@ -11,13 +11,12 @@ from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
-from lfm.chat.json_fields import json_type, parse_arguments, typed
+from lfm.chat.json_fields import json_type, optional_text, parse_arguments, typed
 from lfm.chat.messages import Message, ToolCall
 from lfm.errors import RequestError
 from lfm.server.input_models import ResponsesInput
 from lfm.server.output_fields import OutputFields
 from lfm.server.schemas import (
-    ChoiceField,
     FormatField,
     SamplingRequest,
     StopField,
@@ -26,7 +25,9 @@ from lfm.server.schemas import (
     keep,
     shown,
 )
-from lfm.server.tool_models import ResponsesTool
+from lfm.server.search_models import ChosenSearch, ResponsesFileSearch, ResponsesWebSearch
+from lfm.server.server_tools import SearchTool, take_choice, take_tools
+from lfm.server.tool_models import ResponsesTool, ToolChoiceField
 from lfm.server.tool_turns import ToolTurns
 
 Json = dict[str, object]
@@ -36,6 +37,7 @@ MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
 LOGPROBS = "message.output_text.logprobs"  # the one thing that `include` can add to our answers
 ID_PREFIX = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_"}
+SEARCHES = ("web_search_call", "file_search_call")  # of earlier responses: kept in lists, not shown to the model
 ROLES = ("user", "assistant", "system", "developer")
 PART_TYPES = ("input_text", "output_text", "text")
 
@@ -72,6 +74,8 @@ def parse_input(value: object) -> InputItems:
         kind = typed(raw.get("type", "message"), str, f"{where}.type")
         if kind == "reasoning":
             num_reasoning += 1
+        elif kind in SEARCHES:
+            items.append(Item(_read_search(raw, where), where))
         elif kind in _READERS:
             items.append(Item(_READERS[kind](raw, where), where))
         else:
@@ -85,6 +89,7 @@ def to_messages(items: Sequence[Item]) -> list[Message]:
     """The items as turns. Raises RequestError for a result without its call and for arguments that are no JSON."""
     messages: list[Message] = []
     turns = ToolTurns()
+    items = [item for item in items if item.value["type"] not in SEARCHES]
     for are_results, group in groupby(items, key=lambda item: item.value["type"] == "function_call_output"):
         if are_results:
             messages += turns.in_call_order([_result_turn(item, turns) for item in group])
@@ -172,6 +177,17 @@ def _read_result(raw: Json, where: str) -> Json:
     }
 
 
+def _read_search(raw: Json, where: str) -> Json:
+    """A search as it was shown. Of its fields only those are kept that an answer of ours has."""
+    item_id = optional_text(raw.get("id"), f"{where}.id") or uuid.uuid4().hex
+    if raw["type"] == "web_search_call":
+        action = raw.get("action")
+        action = {"type": "search", "query": ""} if action is None else typed(action, dict, f"{where}.action")
+        return {"id": item_id, "type": "web_search_call", "status": "completed", "action": action}
+    queries = typed(raw.get("queries") or [], list, f"{where}.queries")
+    return {"id": item_id, "type": "file_search_call", "status": "completed", "queries": queries, "results": None}
+
+
 def _read_texts(value: object, where: str) -> list[str]:
     """The texts of a content: a string, or text parts."""
     if isinstance(value, str):
@@ -230,8 +246,15 @@ class ResponsesRequest(SamplingRequest):
     metadata: Annotated[dict[str, str] | None, AfterValidator(_check_metadata)] = None
     store: bool | None = None
     text: TextOptions | None = None
-    tools: Annotated[object, PlainValidator(keep, json_schema_input_type=list[ResponsesTool] | None)] = None
-    tool_choice: ChoiceField = None
+    tools: Annotated[
+        object,
+        PlainValidator(
+            keep, json_schema_input_type=list[ResponsesTool | ResponsesWebSearch | ResponsesFileSearch] | None
+        ),
+    ] = None
+    tool_choice: Annotated[
+        object, PlainValidator(keep, json_schema_input_type=ToolChoiceField | ChosenSearch | None)
+    ] = None
     parallel_tool_calls: bool | None = None
     tool_format: ToolFormatField = None
     prompt_cache_key: str | None = None
@@ -262,13 +285,17 @@ class ResponsesRequest(SamplingRequest):
     @property
     def output_fields(self) -> OutputFields:
         return OutputFields(
-            tools=self.tools,
-            tool_choice=self.tool_choice,
+            tools=take_tools(self.tools)[0],
+            tool_choice=take_choice(self.tool_choice),
             is_parallel=self.parallel_tool_calls is not False,
             answer_format=self.answer_format,
             tool_format=self.tool_format,
             format_param="text.format",
         )
+
+    @property
+    def search_tools(self) -> dict[str, SearchTool]:
+        return take_tools(self.tools)[1]
 
     @property
     def is_stored(self) -> bool:
@@ -278,3 +305,7 @@ class ResponsesRequest(SamplingRequest):
     def check_combinations(self) -> None:
         if not self.input.items and self.previous_response_id is None:
             raise RequestError("input is missing or empty. Send a text or an array of items.", param="input")
+        if self.num_logprobs is not None and self.search_tools:
+            raise RequestError(
+                "top_logprobs cannot be combined with tools that search. Send one of them.", param="top_logprobs"
+            )

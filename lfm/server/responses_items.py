@@ -1,6 +1,6 @@
 """The output items of one response while they grow, and the events that tell of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lfm.chat.call_parser_stream import CallDelta
 from lfm.chat.output import TokenScore
@@ -10,9 +10,11 @@ from lfm.server.responses_input import new_id
 
 
 class MessageItem:
-    """The output item of a text, while it grows."""
+    """The output item of a text, while it grows. `annotate` says what it cites when it is whole."""
 
-    def __init__(self, *, output_index: int) -> None:
+    def __init__(self, *, output_index: int, annotate: Callable[[str], list[Json]] | None = None) -> None:
+        self._annotate = annotate
+        self._annotations: list[Json] = []
         self._item_id = new_id("message")
         self._output_index = output_index
         self._texts: list[str] = []
@@ -34,8 +36,16 @@ class MessageItem:
 
     def close(self, status: str) -> list[Json]:
         self._status = status
+        text = "".join(self._texts)
+        self._annotations = [] if self._annotate is None else self._annotate(text)
         return [
-            self._part_event("response.output_text.done", {"text": "".join(self._texts), "logprobs": self._logprobs}),
+            *(
+                self._part_event(
+                    "response.output_text.annotation.added", {"annotation": annotation, "annotation_index": index}
+                )
+                for index, annotation in enumerate(self._annotations)
+            ),
+            self._part_event("response.output_text.done", {"text": text, "logprobs": self._logprobs}),
             self._part_event("response.content_part.done", {"part": self._part()}),
             {
                 "type": "response.output_item.done",
@@ -57,7 +67,7 @@ class MessageItem:
         return {
             "type": "output_text",
             "text": "".join(self._texts),
-            "annotations": [],
+            "annotations": list(self._annotations),
             "logprobs": list(self._logprobs),
         }
 

@@ -12,6 +12,8 @@ from lfm.server.generation import Choice
 from lfm.server.refusals import as_warnings
 from lfm.server.responses_input import ResponsesRequest
 from lfm.server.responses_items import CallItem, MessageItem
+from lfm.server.search_items import SearchItem, in_order
+from lfm.server.server_tools_loop import SearchStep
 from lfm.server.sse import DONE, KEEP_ALIVE, named_event
 from lfm.service.responses_store import StoreError
 
@@ -26,6 +28,7 @@ class ResponseShape:
     Args:
         store: keeps the finished response object; it raises StoreError if it cannot.
         call_start_id: the token that opens a block of calls. Log-probabilities from it on belong to no text.
+        annotate: says what a text cites.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class ResponseShape:
         request: ResponsesRequest,
         store: Callable[[Json], Awaitable[None]],
         call_start_id: int | None = None,
+        annotate: Callable[[str], list[Json]] | None = None,
     ) -> None:
         self._head = head
         self._request = request
@@ -44,7 +48,8 @@ class ResponseShape:
         self._call_start_id = call_start_id
         self._has_calls = False  # the text is over
         self._held_scores: list[TokenScore] = []  # of tokens before the first text
-        self._items: list[MessageItem | CallItem] = []
+        self._annotate = annotate
+        self._items: list[MessageItem | CallItem | SearchItem] = []
         self._finish_reason: str | None = None
 
     def begin(self, choices: Sequence[Choice]) -> bytes:
@@ -73,8 +78,9 @@ class ResponseShape:
         return self._events({"type": "response.failed", "response": response}) + DONE
 
     async def body(self, choices: Sequence[tuple[Choice, Delta]], usage: Usage) -> Json:
-        self._choice, delta = choices[0]
-        self._read(delta)
+        self._choice, whole = choices[0]
+        for delta in in_order(whole) if whole.steps else (whole,):
+            self._read(delta)
         self._close()
         return await self._finished(usage)
 
@@ -86,7 +92,17 @@ class ResponseShape:
         events = self._add_text(delta.text, scores) if delta.text or scores else []
         for piece in delta.calls:
             events += self._add_call(piece)
+        for step in delta.steps:
+            if isinstance(step, SearchStep):
+                events += self._add_search(step)
         return events
+
+    def _add_search(self, step: SearchStep) -> list[Json]:
+        if step.run is None:
+            includes = frozenset(self._request.include or ())
+            return self._open(SearchItem(step, output_index=len(self._items), includes=includes))
+        begun = (item for item in self._items if isinstance(item, SearchItem) and item.call_id == step.call_id)
+        return next(begun).finish(step.run)
 
     def _scores_of_text(self, delta: Delta) -> list[TokenScore]:
         scores: list[TokenScore] = []
@@ -103,7 +119,7 @@ class ResponseShape:
         self._held_scores += scores
         if not text:
             return []
-        opened = MessageItem(output_index=len(self._items))
+        opened = MessageItem(output_index=len(self._items), annotate=self._annotate)
         scores, self._held_scores = self._held_scores, []
         return [*self._open(opened), opened.add(text, scores)]
 
@@ -115,7 +131,7 @@ class ResponseShape:
             events = self._open(last)
         return [*events, last.add(piece.arguments)] if piece.arguments else events
 
-    def _open(self, item: MessageItem | CallItem) -> list[Json]:
+    def _open(self, item: MessageItem | CallItem | SearchItem) -> list[Json]:
         """Begin an item; the one before is complete then."""
         closing = self._items[-1].close("completed") if self._items else []
         self._items.append(item)
@@ -125,7 +141,7 @@ class ResponseShape:
         """Every answer has an item, if only an empty message."""
         events: list[Json] = []
         if not self._items:
-            message = MessageItem(output_index=0)
+            message = MessageItem(output_index=0, annotate=self._annotate)
             events = self._open(message)
             if self._held_scores:
                 events.append(message.add("", self._held_scores))
@@ -206,6 +222,9 @@ def _shown_tools(tools: object) -> list[Json]:
     shown = []
     for tool in tools if isinstance(tools, list) else []:
         function = tool.get("function", tool)
+        if tool.get("type", "function") != "function":
+            shown.append(tool)
+            continue
         shown.append({"description": None, "parameters": None, "strict": None, **function, "type": "function"})
     return shown
 

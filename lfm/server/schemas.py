@@ -17,6 +17,8 @@ from lfm.protocol import MAX_PROMPTS, MAX_TOP_LOGPROBS
 from lfm.search.packing import SourceDocument, parse_documents
 from lfm.server.input_models import ChatMessage, RequestDocument
 from lfm.server.output_fields import OutputFields
+from lfm.server.search_models import WebSearchOptions
+from lfm.server.server_tools import SearchTool, web_search_options, with_tool
 from lfm.server.tool_models import AnswerFormatField, ChatTool, ToolChoiceField, ToolFormat
 from lfm.server.tool_turns import pair_results
 
@@ -86,6 +88,10 @@ def _check_top_logprobs(value: int | None) -> int | None:
 
 def _parse_documents(value: object) -> list[SourceDocument]:
     return [] if value is None else parse_documents(value)
+
+
+def _parse_web_search(value: object) -> SearchTool | None:
+    return None if value is None else web_search_options(value)
 
 
 def _check_document_tokens(value: int | None) -> int | None:
@@ -276,16 +282,34 @@ class ChatRequest(GenerationRequest):
         PlainValidator(_parse_documents, json_schema_input_type=list[str | RequestDocument] | None),
     ] = Field(default_factory=list)
     max_document_tokens: Annotated[int | None, AfterValidator(_check_document_tokens)] = None
+    web_search_options: Annotated[
+        SearchTool | None, PlainValidator(_parse_web_search, json_schema_input_type=WebSearchOptions | None)
+    ] = None
 
     @property
     def output_fields(self) -> OutputFields:
+        search = self.web_search_options
         return OutputFields(
-            tools=self.tools,
+            tools=self.tools if search is None else with_tool(self.tools, search),
             tool_choice=self.tool_choice,
             is_parallel=self.parallel_tool_calls is not False,
             answer_format=self.response_format,
             tool_format=self.tool_format,
         )
+
+    @property
+    def search_tools(self) -> dict[str, SearchTool]:
+        search = self.web_search_options
+        return {} if search is None else {search.name: search}
+
+    def check_combinations(self) -> None:
+        super().check_combinations()
+        if self.search_tools and self.num_choices != 1:
+            raise RequestError(f"n={self.n} cannot be combined with web_search_options. Allowed: 1.", param="n")
+        if self.search_tools and self.num_logprobs is not None:
+            raise RequestError(
+                "logprobs cannot be combined with web_search_options. Send one of them.", param="logprobs"
+            )
 
 
 class CompletionRequest(GenerationRequest):

@@ -4,7 +4,9 @@ import json
 import logging
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -306,3 +308,17 @@ def test_without_tantivy_fts5_serves_the_same(tmp_path: Path, monkeypatch: pytes
         index.store.write([document("/a.md", "A pump moves water.")])
         assert paths_found(index, "water") == ["/a.md"]
     assert {path.name for path in tmp_path.iterdir()} == {"documents.sqlite", "bm25-1.sqlite", "writer.lock"}
+
+
+def test_threads_that_ask_first_wait_for_the_one_that_builds_the_index(tmp_path: Path, backend: str) -> None:
+    """They would otherwise be told that another process is writing it."""
+    with open_index(backend, tmp_path) as index:
+        index.store.write([document(f"/{number}.md", f"A pump of number {number}.") for number in range(200)])
+        barrier = threading.Barrier(4)
+
+        def ask(_: int) -> int:
+            barrier.wait(10)
+            return len(index.search("pump", limit=3))
+
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(ask, range(4))) == [3] * 4

@@ -122,7 +122,6 @@ def test_a_wrong_field_is_named(client: AppClient, param: str, fields: dict[str,
 UNSUPPORTED = [
     ("functions", [{"name": "now"}]),
     ("function_call", {"name": "now"}),
-    ("web_search_options", {}),
     ("modalities", ["text", "audio"]),
     ("audio", {"voice": "alloy", "format": "wav"}),
     ("moderation", {"model": "m"}),

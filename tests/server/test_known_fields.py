@@ -15,7 +15,7 @@ from lfm.server.schemas import ChatRequest, SamplingRequest
 # Fields that ask for nothing of a server like this one, each with its reason.
 LABELS = {"user", "metadata", "safety_identifier", "user_profile_id", "workspace_id"}  # for somebody's records
 HINTS = {"prompt_cache_key", "cache_control"}  # every prefix is cached, and there is one server to route to
-OF_TOOLS = {"parallel_tool_calls", "max_tool_calls"}  # nothing without tools
+OF_TOOLS = {"max_tool_calls"}  # of tools that the vendor runs
 OF_OTHERS = {"background_options", "image", "access_programs"}  # of background jobs, images and programs not here
 PASSED = LABELS | HINTS | OF_TOOLS | OF_OTHERS | {"stream_options"}  # include_obfuscation only adds padding
 

@@ -24,6 +24,7 @@ from lfm.server.errors import (
     error_headers,
     error_info,
 )
+from lfm.server.patience import Patience
 from lfm.server.state import AppState, RequestRecord, attach_record
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class _WatchedSend:
     def __init__(self, send: Send, record: RequestRecord, stalled_s: float) -> None:
         self._send = send
         self._record = record
-        self._stalled_s = stalled_s
+        self._patience = Patience(stalled_s)
 
     async def __call__(self, message: Message) -> None:
         record = self._record
@@ -126,8 +127,7 @@ class _WatchedSend:
         elif not message.get("more_body", False):
             record.is_complete = True
         try:
-            async with asyncio.timeout(self._stalled_s):
-                await self._send(message)
+            await self._patience.wait(self._send(message))
         except TimeoutError:
             record.is_complete = False
             raise ClientLeft("stalled") from None

@@ -3,7 +3,6 @@
 Streamed and whole answers read the same deltas; this module knows neither of them, nor any text of JSON.
 """
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from lfm.engine.client import EventStream
 from lfm.protocol import EngineRequest, ErrorInfo, TokenEvent
 from lfm.server.errors import GenerationError
 from lfm.server.metrics import Metrics
+from lfm.server.patience import Patience
 from lfm.server.state import AppState, RequestRecord
 
 ABORTED = ErrorInfo(
@@ -87,6 +87,7 @@ class Generation:
         self._state = state
         self._record = record
         self._stream: EventStream | None = None
+        self._patience: Patience | None = None
         self.choices = [
             Choice(
                 index,
@@ -136,9 +137,10 @@ class Generation:
         """
         assert self._stream is not None, "open() comes first"
         while not self.is_finished:
+            if self._patience is None:
+                self._patience = Patience(timeout_s)  # the same for all deltas of an answer
             try:
-                async with asyncio.timeout(timeout_s):
-                    events = await self._stream.next_events()
+                events = await self._patience.wait(self._stream.next_events())
             except TimeoutError:
                 return None
             if not events:

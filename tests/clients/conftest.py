@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import httpx2
 import pytest
 
+from tests.clients.flaky import flaky_proxy
 from tests.clients.served import Served
 from tests.waiting import unused_port, wait_until
 
@@ -16,6 +17,16 @@ START_SECONDS = 90.0
 STOP_SECONDS = 30.0
 MODEL = "LiquidAI/LFM2-24B-A2B"
 API_KEY = "test-key"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs environments of its own, unless a run asks for it: -m clients."""
+    if "clients" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("clients")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("clients")]
 
 
 def is_ready(process: subprocess.Popen[bytes], served: Served) -> bool:
@@ -44,6 +55,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             assert process.wait(STOP_SECONDS) == 0, f"lfm serve exited {process.returncode}:\n{log.read_text()}"
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="session")
+def flaky_url(served: Served) -> Iterator[str]:
+    """The same server behind a proxy that refuses the first POST under each path /KEY/... with a 503."""
+    with flaky_proxy(served.url) as url:
+        yield url
 
 
 @pytest.fixture

@@ -26,10 +26,13 @@ class Served:
             raise KeyError(name)
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
-    def environment(self, *, together_suffix: str = "") -> dict[str, str]:
+    def environment(self, *, together_suffix: str = "", flaky_url: str = "") -> dict[str, str]:
         """The environment of a client program. Of Together's clients only the Python one adds /v1 to the URL itself."""
         return {
             **os.environ,
+            "SERVER_URL": self.url,
+            "SERVER_KEY": self.api_key,
+            "FLAKY_URL": flaky_url,
             "OPENAI_BASE_URL": f"{self.url}/v1",
             "OPENAI_API_KEY": self.api_key,
             "TOGETHER_BASE_URL": f"{self.url}{together_suffix}",

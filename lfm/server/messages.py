@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import orjson
-from pydantic_core import from_json
+from pydantic import TypeAdapter
 from starlette.types import Receive, Scope, Send
 
 from lfm.chat.call_parser_stream import CallDelta
@@ -26,6 +26,7 @@ from lfm.server.server_tools_loop import SearchStep
 from lfm.server.sse import KEEP_ALIVE, named_event
 from lfm.server.state import AppState
 
+_PARTIAL_OBJECT = TypeAdapter(Json)
 PING = named_event({"type": "ping"})
 
 
@@ -233,8 +234,7 @@ def _tool_use(call: CallDelta) -> Json:
 
 def _read_input(arguments: str) -> Json:
     """The arguments as an object; of ones that max_tokens cut, what is whole: so Anthropic's clients read a stream."""
-    found: Json = from_json(arguments or "{}", allow_partial=True)
-    return found
+    return _PARTIAL_OBJECT.validate_json(arguments or "{}", experimental_allow_partial=True)
 
 
 def _usage_json(usage: Usage) -> Json:

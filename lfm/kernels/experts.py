@@ -14,6 +14,7 @@ from torch.nn.functional import linear, silu
 
 from lfm.kernels.fp8 import quantise_rows
 from lfm.kernels.moe_grouped import experts_grouped
+from lfm.kernels.moe_grouped_fp8 import experts_grouped_fp8
 from lfm.kernels.moe_prefill import MIN_TOKENS as MIN_PREFILL_TOKENS
 from lfm.kernels.moe_prefill import experts_prefill, has_prefill_kernels
 from lfm.kernels.moe_prefill_fp8 import experts_prefill_fp8
@@ -118,4 +119,4 @@ def experts(
             return experts_prefill(*args)
         if scales is not None and num_tokens >= tuned_for(x_TD.device).fp8_prefill_tokens:
             return experts_prefill_fp8(*args, scales)
-    return experts_grouped(*args, scales)
+    return experts_grouped(*args) if scales is None else experts_grouped_fp8(*args, scales)

@@ -124,8 +124,8 @@ def experts_prefill_fp8(
 ) -> Tensor:
     """As `experts_fp8_ref`, for contiguous tensors with D and F multiples of 64."""
     num_experts = len(down_EDF)
+    x8_TD, x_scale_T = quantise_tokens(x_TD)  # before the sort: `spread` reads x before it waits
     pairs = sort_pairs(chosen_TA, num_experts)
-    x8_TD, x_scale_T = quantise_tokens(x_TD)
     x_PD = spread(x8_TD, chosen_TA, pairs.place_P, num_experts)
     y_PD = _products(x_PD, x_scale_T, pairs, weights_TA, gate_up_E2FD, down_EDF, scales, h_TD.dtype)
     return sum_pairs(h_TD, chosen_TA, y_PD, num_experts)

@@ -28,6 +28,7 @@ from lfm.kernels.experts import experts
 from lfm.kernels.forward_batch import ForwardBatch
 from lfm.kernels.fp8 import FP8
 from lfm.kernels.moe_grouped import experts_grouped
+from lfm.kernels.moe_grouped_fp8 import experts_grouped_fp8
 from lfm.kernels.moe_small import experts_small
 from lfm.kernels.tuned import (
     FOLDER,
@@ -47,7 +48,7 @@ L2_BYTES = 100e6  # weights of one measurement are at least this large, twice th
 REPLAYS = 15
 FOREVER = 1 << 62
 GROUPED_TOKENS = (8, 32, 128, 512)  # the upper ends of classes; the last is for everything beyond
-PREFILL_TOKENS = (256, 512, 768, 1024, 1536, 2048)
+PREFILL_TOKENS = (64, 128, 192, 256, 384, 512, 1024)
 
 
 class Case(NamedTuple):
@@ -101,7 +102,9 @@ def calls_of(case: Case, device: torch.device) -> list[list[Callable[[], Any]]]:
     layers = [_expert_weights(case, tensors) for _ in range(copies)]
     h, x = tensors.draw(case.tokens, HIDDEN), tensors.draw(case.tokens, HIDDEN)
     shares = torch.full((case.tokens, CHOSEN), 0.25, device=device)
-    run = {"pairs": experts_small, "grouped": experts_grouped, "prefill": experts}[case.part]
+    run: Callable[..., Tensor] = {"pairs": experts_small, "grouped": experts_grouped, "prefill": experts}[case.part]
+    if case.part == "grouped" and case.kind == "fp8":
+        run = experts_grouped_fp8
     return [
         [_bound(run, h, x, chosen, shares, *layer) for layer in layers]
         for chosen in (tensors.routing(is_skewed=False), tensors.routing(is_skewed=True))
@@ -302,9 +305,12 @@ def tune(kinds: Sequence[WeightKind], parts: Sequence[str], *, workers: int) -> 
     device = torch.device("cuda", torch.cuda.current_device())
     tables = tuned_for(device)
     found: dict[Case, Tuned] = {}
-    for stage in (("up", "down_one"), ("down",)) if {"grouped", "pairs"} & set(parts) else ((),):
-        now = [case for case in cases(kinds, parts) if case not in found and (not stage or _is_due(case, stage))]
-        jobs = {case: candidates(case, found.get(case._replace(what="up"), tables)) for case in now}
+    for stage in range(3):  # products of experts one after the other, then what is compared with the best of both
+        now = [case for case in cases(kinds, parts) if _stage(case) == stage]
+        if not now:
+            continue
+        so_far = _collect(tables, found)
+        jobs = {case: candidates(case, found.get(case._replace(what="up"), so_far)) for case in now}
         major, minor = torch.cuda.get_device_capability(device)
         compile_all(
             [(case, choice) for case, choices in jobs.items() for choice in choices], 10 * major + minor, workers
@@ -329,8 +335,10 @@ def _entry(case: Case, tables: Tuned) -> object:
     return tables.grouped[case.kind][0] if case.part == "grouped" else tables.fp8_prefill_tokens
 
 
-def _is_due(case: Case, stage: tuple[str, ...]) -> bool:
-    return case.what in stage or (case.part in ("stream", "prefill") and "up" in stage)
+def _stage(case: Case) -> int:
+    if case.part == "prefill":
+        return 2
+    return 1 if case.part in ("pairs", "grouped") and case.what == "down" else 0
 
 
 def _collect(tables: Tuned, found: dict[Case, Tuned]) -> Tuned:
@@ -349,10 +357,9 @@ def _collect(tables: Tuned, found: dict[Case, Tuned]) -> Tuned:
         if classes := [choice.grouped[kind][0]._replace(tokens=case.tokens) for case, choice in found.items()
                        if case.part == "grouped" and case.kind == kind and case.what == "down"]:  # fmt: skip
             grouped[kind] = tuple(_without_repeats(classes))
-    if losing := [
-        case.tokens for case, choice in found.items() if case.part == "prefill" and choice.fp8_prefill_tokens > 1
-    ]:
-        prefill = max(losing) + 1
+    if measured := {c.tokens: tables.fp8_prefill_tokens for c, tables in found.items() if c.part == "prefill"}:
+        losing = [tokens for tokens, first in measured.items() if first > 1]
+        prefill = max(losing) + 1 if losing else min(measured)
     return Tuned(stream, pairs, grouped, prefill)
 
 

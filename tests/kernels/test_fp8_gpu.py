@@ -148,35 +148,40 @@ def exact_experts(args: tuple[Tensor, ...]) -> Tensor:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16, 33, 130, 400])
-@pytest.mark.parametrize("sizes", [LARGE, Sizes(hidden=128, experts=8, width=64, chosen=2)])
-def test_experts_with_fp8_weights(tokens: int, sizes: Sizes) -> None:
-    args = expert_arguments(tokens, sizes, padding=min(3, tokens - 1))
+def error_added(got: Tensor, exact: Tensor, h: Tensor) -> float:
+    """Of what the experts add to h."""
+    return float((got.double() - exact).norm() / (exact - h.double()).norm())
+
+
+SMALL = Sizes(hidden=128, experts=8, width=64, chosen=2)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("sizes", [LARGE, SMALL])
+def test_experts_of_few_tokens_keep_their_activations(tokens: int, sizes: Sizes) -> None:
+    args = expert_arguments(tokens, sizes, padding=min(1, tokens - 1))
     h, x, chosen, shares, gate_up, down, scales = args
     exact = exact_experts(args)
-    added = exact - h.double()
     plain = (scaled(gate_up, scales.gate_up, x.dtype), scaled(down, scales.down, x.dtype))  # type: ignore[attr-defined]
     expected = experts_ref(h, x, chosen, shares, *plain)
     got = experts(*args)
-
-    def error_of(out: Tensor) -> float:
-        return float((out.double() - exact).norm() / added.norm())
-
-    assert error_of(got) <= FACTOR * error_of(expected)
+    assert error_added(got, exact, h) <= FACTOR * error_added(expected, exact, h)
     padding = chosen[:, 0] == sizes.experts
     assert torch.equal(got[padding], h[padding])
 
 
-@pytest.mark.parametrize("tokens", [1100, 2049, 8192])
+@pytest.mark.parametrize("tokens", [5, 16, 33, 130, 400, 1100, 2049, 8192])
 @pytest.mark.parametrize("popular", [None, 7])
-def test_experts_with_both_operands_in_fp8(tokens: int, popular: int | None) -> None:
-    options = {"padding": 5} if popular is None else {"padding": 5, "popular": popular}
-    args = expert_arguments(tokens, LARGE, **options)
-    got, expected, h = experts(*args), experts_fp8_ref(*args), args[0]
-    added = (expected.double() - h.double()).norm()
-    assert float((got.double() - expected.double()).norm() / added) < 0.02
-    assert float((got.double() - exact_experts(args)).norm() / added) < 0.08
-    assert torch.equal(got[-5:], h[-5:])
+@pytest.mark.parametrize("sizes", [LARGE, SMALL])
+def test_experts_with_both_operands_in_fp8(tokens: int, popular: int | None, sizes: Sizes) -> None:
+    """Scales of act may be per block of features: other roundings than the reference's, and not worse."""
+    options = {"padding": 2} if popular is None else {"padding": 2, "popular": popular}
+    args = expert_arguments(tokens, sizes, **options)
+    h, exact = args[0], exact_experts(args)
+    got = experts(*args)
+    assert error_added(got, exact, h) <= 1.1 * error_added(experts_fp8_ref(*args), exact, h)
+    assert torch.equal(got[-2:], h[-2:])
+    assert torch.equal(experts(*args), got)
 
 
 def cache_in_fp8(chunks: list[tuple[int, int, list[int]]], groups: int, head_dim: int, block_size: int) -> list[Tensor]:

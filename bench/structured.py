@@ -13,8 +13,15 @@ that is what a model writes. `mask_us` is the mask of one token that is chosen, 
 it: the token before it accepted, forced ones taken, the mask. `forced_share` is the share of tokens that the grammar
 forces: they have no mask, and are computed several at once like a prompt.
 
-The vocabulary is synthetic: 65,536 byte strings, LFM2's special tokens, the 256 bytes, then the commonest pieces of
-words, numbers, punctuation and white space in Python's own standard library, as byte-pair merging would find them.
+`decode`: 32 requests at once on `random:tiny` in this process, with 32 different schemas whose answers are too long for
+max_tokens, against the same requests without grammars; grammars known before. `forced`: runs of forced tokens taken at
+once, as served, or every token sampled. A run has every way in turn, and is compared in itself. `ratio` is the tokens
+per second against those without grammars, and `cpu_ratio` the same by processor time of the whole process, which what
+else runs on the machine does not touch; so are `us_per_step`, and `row_us`, what each of the 32 rows adds to a step.
+
+The vocabulary of all but `decode` is synthetic: 65,536 byte strings, LFM2's special tokens, the 256 bytes, then the
+commonest pieces of words, numbers, punctuation and white space in Python's own standard library, as byte-pair merging
+would find them.
 """
 
 import argparse
@@ -32,9 +39,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import llguidance
 import numpy as np
+import torch
 
 from lfm.chat.grammar import AnswerFormat, answer_grammar, calls_grammar
 from lfm.chat.grammar_calls import ToolGrammar
@@ -44,15 +53,19 @@ from lfm.chat.schema import read_schema
 from lfm.chat.tokenizer import SpecialTokens
 from lfm.chat.tokenizer_json import SPECIAL_TOKEN_TEXTS
 from lfm.chat.tool_calls import CallForm, render_calls, render_json_calls
+from lfm.config import EngineConfig
+from lfm.engine.constraint import NEVER
 from lfm.engine.grammar_library import TokenTable
 from lfm.engine.grammar_masks import GrammarCache, GrammarMatcher, num_mask_words
-from lfm.protocol import GrammarSpec
+from lfm.llm import LLM
+from lfm.protocol import EngineRequest, GrammarSpec, SamplingParams
 
 VOCABULARY = 65_536
 MAX_PIECE = 16  # bytes of the longest token that is no run of white space
 CONTEXT = 32_768
 NUM_TOOLS = (1, 10, 50, 200)
 NUM_SCHEMAS = 32
+DECODE_TOKENS = 256
 SPECIAL = SpecialTokens(bos=1, endoftext=2, im_start=6, im_end=7, tool_call_start=10, tool_call_end=11)
 PIECES = re.compile(r" ?[A-Za-z]+|\d{1,3}| ?[^\sA-Za-z\d]+|\s+")
 Result = dict[str, object]
@@ -256,6 +269,85 @@ def walk(matcher: GrammarMatcher, vocabulary: Vocabulary, text: str) -> Walk:
         assert matcher.error is None, matcher.error
 
 
+class DecodeTime(NamedTuple):
+    """What a batch of requests took."""
+
+    wall_s: float
+    cpu_s: float
+    num_steps: int
+
+    @property
+    def step_us(self) -> float:
+        return self.cpu_s / self.num_steps * 1e6
+
+
+def decode_requests(run: int, *, is_constrained: bool, sampling: dict[str, object]) -> list[EngineRequest]:
+    """One request for each schema: an array of more of its objects than fit."""
+    found = []
+    for index in range(NUM_SCHEMAS):
+        definition = tool(index)["function"]
+        assert isinstance(definition, dict)
+        schema = {"type": "array", "items": definition["parameters"], "minItems": DECODE_TOKENS // 16}
+        answer = AnswerFormat(schema=read_schema(schema, param="p", max_tokens=CONTEXT))
+        params = SamplingParams(max_tokens=DECODE_TOKENS, seed=index, **sampling)  # type: ignore[arg-type]
+        prompt = [1, *(20 + (run * 31 + index * 7 + i) % 200 for i in range(16))]
+        found.append(
+            EngineRequest(
+                request_id=f"{run}-{index}-{is_constrained}",
+                prompt_ids=prompt,
+                sampling=params,
+                grammar=answer_grammar(answer) if is_constrained else None,
+            )
+        )
+    return found
+
+
+def measure_decode(*, runs: int) -> Iterator[Result]:
+    """Constrained against unconstrained decoding, end to end."""
+    samplings: dict[str, dict[str, object]] = {"greedy": {"temperature": 0.0}, "random": {"temperature": 1.0}}
+    config = EngineConfig(model="random:tiny", device="cpu", max_model_len=1024, max_running=NUM_SCHEMAS)
+    torch.set_num_threads(1)
+    with LLM(config) as llm:
+        chunk = llm.engine.grammars.min_chunk
+        for name, sampling in samplings.items():
+            ways = {"none": (False, chunk), "one by one": (True, NEVER), "at once": (True, chunk)}
+            times: dict[str, list[DecodeTime]] = {way: [] for way in ways}
+            for run in range(runs + 1):
+                for way, (is_constrained, llm.engine.grammars.min_chunk) in ways.items():
+                    requests = decode_requests(run, is_constrained=is_constrained, sampling=sampling)
+                    one = time_decode(llm, requests)
+                    if run:  # the first one compiles the grammars
+                        times[way].append(one)
+            for way, found in times.items():
+                pairs = list(zip(found, times["none"], strict=True))
+                wall = [free.wall_s / one.wall_s for one, free in pairs]
+                yield {
+                    "measure": "decode",
+                    "sampling": name,
+                    "forced": way,
+                    "requests": NUM_SCHEMAS,
+                    "tokens_per_s": round(NUM_SCHEMAS * DECODE_TOKENS / statistics.median(one.wall_s for one in found)),
+                    "steps": found[0].num_steps,
+                    "us_per_step": round(statistics.median(one.step_us for one in found)),
+                    "row_us": round(
+                        statistics.median(one.step_us - free.step_us for one, free in pairs) / NUM_SCHEMAS, 1
+                    ),
+                    "ratio": round(statistics.median(wall), 3),
+                    "ratio_spread": [round(min(wall), 3), round(max(wall), 3)],
+                    "cpu_ratio": round(statistics.median(free.cpu_s / one.cpu_s for one, free in pairs), 3),
+                }
+
+
+def time_decode(llm: LLM, requests: Sequence[EngineRequest]) -> DecodeTime:
+    """Seconds and steps until all of them have ended, each by its length."""
+    steps, started_s, started_cpu_s = llm.engine.stats().steps, time.perf_counter(), time.process_time()
+    for events in llm.run(requests):
+        for event in events:
+            assert event.finish_reason in (None, "length"), event
+    num_steps = llm.engine.stats().steps - steps
+    return DecodeTime(time.perf_counter() - started_s, time.process_time() - started_cpu_s, num_steps)
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """The median, the 99th percentile and the largest, in the unit of the values."""
     ordered = sorted(values)
@@ -284,13 +376,19 @@ def main() -> None:
     """Measure, print a line per result, and write them as JSON lines."""
     parser = argparse.ArgumentParser(description="Measure grammars on a CPU.")
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--only", nargs="*", choices=["build", "masks", "decode"], help="default: all three")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     vocabulary = Vocabulary()
     table = vocabulary.table()
     where = place()
     lines = []
-    for results in (measure_builds(table, runs=options.runs), measure_masks(vocabulary, table, runs=options.runs)):
+    measures = {
+        "build": measure_builds(table, runs=options.runs),
+        "masks": measure_masks(vocabulary, table, runs=options.runs),
+        "decode": measure_decode(runs=options.runs),
+    }
+    for results in (measures[name] for name in options.only or measures):
         for result in results:
             print("  ".join(f"{name} {value}" for name, value in result.items()), flush=True)
             lines.append(json.dumps({**result, "runs": options.runs, **where}) + "\n")

@@ -106,12 +106,23 @@ def test_the_lock_has_every_dependency_in_its_range() -> None:
     assert not wrong, f"run make lock; it lacks {wrong}"
 
 
-def test_the_node_lock_has_hashes_and_names_no_index() -> None:
-    lock = json.loads((ROOT / "tests" / "clients" / "node" / "package-lock.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("folder", "names"), [("node", ["openai", "together-ai"]), ("node_ai", ["ai", "zod"])])
+def test_the_node_locks_have_hashes_and_name_no_index(folder: str, names: list[str]) -> None:
+    lock = json.loads((ROOT / "tests" / "clients" / folder / "package-lock.json").read_text(encoding="utf-8"))
     packages = {name: package for name, package in lock["packages"].items() if name}
-    assert set(packages) >= {"node_modules/openai", "node_modules/together-ai"}
+    assert set(packages) >= {f"node_modules/{name}" for name in names}
     assert all(package["integrity"].startswith("sha512-") for package in packages.values())
     assert "resolved" not in {key for package in packages.values() for key in package}
+
+
+@pytest.mark.parametrize(
+    "lock", sorted((ROOT / "tests" / "clients" / "locks").glob("*.txt")), ids=lambda path: path.stem
+)
+def test_the_locks_of_other_clients_have_hashes_and_name_no_index(lock: Path) -> None:
+    text = lock.read_text(encoding="utf-8")
+    pins = re.findall(r"^[a-z0-9][^\n]*==[^\n]*\\\n +--hash=sha256:", text, flags=re.MULTILINE)
+    assert len(pins) == len(re.findall(r"^[a-z0-9].*==", text, flags=re.MULTILINE)) > 10
+    assert not re.findall(r"--(?:extra-)?index|--find-links|://", text)
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])

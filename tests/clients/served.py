@@ -19,6 +19,13 @@ class Served:
     def get(self, path: str) -> httpx2.Response:
         return httpx2.get(f"{self.url}{path}", headers={"Authorization": f"Bearer {self.api_key}"}, timeout=10)
 
+    def count_tokens(self, text: str) -> int:
+        headers = {"Authorization": f"Bearer {self.api_key}"}
+        body = {"model": self.model, "prompt": text}
+        response = httpx2.post(f"{self.url}/tokenize", json=body, headers=headers, timeout=10)
+        count: int = response.raise_for_status().json()["count"]
+        return count
+
     def metric(self, name: str) -> float:
         """The sum of a Prometheus metric over its labels. Raises KeyError if the server does not report it."""
         lines = [line for line in self.get("/metrics").text.splitlines() if line.startswith((f"{name} ", f"{name}{{"))]

@@ -8,8 +8,9 @@ from lfm.search.sources import CITE_INSTRUCTION, Source
 from lfm.search.sources import render as render_sources
 from lfm.train.synthetic.draw import Draw, Value, render, slots_of
 from lfm.train.synthetic.scenarios import Episode, Expected, says, user
-from lfm.train.synthetic.tables import world
+from lfm.train.synthetic.tables import Split, world
 
+_MOST_QUESTIONS: Mapping[Split, int] = {"train": 3, "test": 1}  # about the same passages
 _JSON_TYPES = {str: "string", int: "integer", float: "number"}
 
 
@@ -41,7 +42,7 @@ def _schema(draw: Draw, values: Mapping[str, Value]) -> dict[str, object]:
 
 
 def grounded(draw: Draw) -> Episode:
-    """Two to four passages and a question that one of them answers, or none."""
+    """Two to four passages and a question that one of them answers, or none; in training up to three questions."""
     table = draw.table["grounded"]
     facts = world()["facts"]
     documents: list[str] = []
@@ -60,20 +61,30 @@ def grounded(draw: Draw) -> Episode:
         if draw.chance(0.5):
             sentences.append(draw.phrase(table["fillers"]))
         documents.append(draw.table.get("sentence_join", " ").join(draw.shuffled(sentences)))
+    questions = [_question(draw, known, stated) for _ in range(draw.integer(1, _MOST_QUESTIONS[draw.split]))]
+    first = questions[0][0]
+    if draw.chance(0.5):  # as the service shows documents: numbered, fenced, in the system turn
+        sources = [Source(number=i, text=text, title=_heading(draw)) for i, text in enumerate(documents, start=1)]
+        system = Message(role="system", content=f"{CITE_INSTRUCTION}\n\n{render_sources(sources)}")
+    else:
+        listed = "\n".join(f"[{i}] {text}" for i, text in enumerate(documents, start=1))
+        first = render(draw.phrase(table["prompts"]), {"documents": listed, "question": first})
+        system = Message(role="system", content=draw.phrase(table["system"]))
+    asked = [first, *(question for question, _, _ in questions[1:])]
+    turns = [turn for text, (_, answer, _) in zip(asked, questions, strict=True) for turn in (user(text), says(answer))]
+    return Episode((system, *turns), tuple(expected for _, _, expected in questions))
+
+
+def _question(
+    draw: Draw, known: list[tuple[int, str, str, Value]], stated: set[tuple[str, str]]
+) -> tuple[str, str, Expected]:
+    """A question about the passages, its answer, and what that has to say."""
     if draw.chance(0.25):
         attribute, name, answer, expected = _absent(draw, stated)
     else:
         number, attribute, name, value = draw.one(known)
         answer, expected = _cited(draw, attribute, name, value, number)
-    question = render(draw.phrase(table[attribute]["asks"]), {"name": name})
-    if draw.chance(0.5):  # as the service shows documents: numbered, fenced, in the system turn
-        sources = [Source(number=i, text=text, title=_heading(draw)) for i, text in enumerate(documents, start=1)]
-        shown = Message(role="system", content=f"{CITE_INSTRUCTION}\n\n{render_sources(sources)}")
-        return Episode((shown, user(question), says(answer)), (expected,))
-    listed = "\n".join(f"[{i}] {text}" for i, text in enumerate(documents, start=1))
-    prompt = render(draw.phrase(table["prompts"]), {"documents": listed, "question": question})
-    system = Message(role="system", content=draw.phrase(table["system"]))
-    return Episode((system, user(prompt), says(answer)), (expected,))
+    return render(draw.phrase(draw.table["grounded"][attribute]["asks"]), {"name": name}), answer, expected
 
 
 def _heading(draw: Draw) -> str:

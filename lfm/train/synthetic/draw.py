@@ -6,7 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lfm.train.synthetic.tables import Split, cities, language_table, part_of, shared_words, split_of, words
+from lfm.train.synthetic.tables import (
+    Split,
+    cities,
+    common_words,
+    language_table,
+    listed_for_tests,
+    part_of,
+    shared_words,
+    split_of,
+    words,
+)
 
 Item = TypeVar("Item")
 JsonValue = str | int | float | bool | None
@@ -28,7 +38,9 @@ _SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 _LETTERS, _DIGITS = "ABCDEFGHJKLMNPQRSTUVWXYZ", "0123456789"
 _LANGUAGE_CODES = ("en", "ar", "zh", "fr", "de", "ja", "ko", "es", "pt")  # in the order of each table's `languages`
 _MONTH_DAYS = 28
-_INVENTED = 0.25
+_INVENTED = 0.4
+_LOOSE_MESSAGES = 0.4  # of those in training: any words in a row, so that a message is copied and not recalled
+_UNSPACED = ("zh", "ja")
 # Letters of random names: vowels and consonants, or characters of a script without that distinction.
 _VOWELS = {"en": "aeiou", "de": "aeiouäöü", "fr": "aeiouéèô", "es": "aeiouáéí", "pt": "aeiouãçô"}
 _CONSONANTS = "bcdfghjklmnprstvwxz"
@@ -111,7 +123,25 @@ def render(template: str, texts: Mapping[str, str]) -> str:
 
 
 def _invented(draw: Draw) -> str:
-    """A name that nobody has: two to seven random characters of the language's script."""
+    """Something that stands in no list of names: made up, or a word of whatever kind, of this or another language."""
+    if draw.chance(0.5):
+        return _made_up(draw)
+    language = draw.language if draw.chance(0.6) else draw.one(_LANGUAGE_CODES)
+    return draw.unseen(lambda: _some_word(draw, language))
+
+
+def _some_word(draw: Draw, language: str) -> str:
+    while True:
+        word = draw.one(common_words(language))
+        if language in _UNSPACED:
+            begin = draw.integer(0, len(word) - 2)
+            word = word[begin : begin + draw.integer(2, 4)]
+        if word.casefold() not in listed_for_tests(language):
+            return word
+
+
+def _made_up(draw: Draw) -> str:
+    """Two to seven random characters of the language's script."""
     if draw.language in _CHARACTERS:
         count = draw.integer(2, 3) if draw.language in ("zh", "ko") else draw.integer(3, 6)
         return draw.unseen(lambda: "".join(chr(draw.one(_CHARACTERS[draw.language])) for _ in range(count)))
@@ -165,6 +195,11 @@ def _date(draw: Draw) -> Value:
 
 
 def _message(draw: Draw) -> str:
+    if draw.split == "train" and draw.chance(_LOOSE_MESSAGES):
+        words = [_invented(draw) for _ in range(draw.integer(2, 6))]
+        if draw.chance(0.3):
+            words.insert(draw.integer(0, len(words)), str(draw.integer(2, 30)))
+        return ("" if draw.language in _UNSPACED else " ").join(words)
     return render(draw.phrase(draw.table["messages"]), {"n": str(draw.integer(2, 30))})
 
 

@@ -49,7 +49,7 @@ _EPISODES: Mapping[Kind, Callable[[Draw], Episode]] = {
     "grounded": grounded,
     "small_talk": small_talk,
 }
-_BEFORE = (scenarios.single, scenarios.parallel, scenarios.arithmetic, small_talk)
+_BEFORE = (scenarios.single, scenarios.parallel, scenarios.arithmetic, scenarios.missing, scenarios.loop, small_talk)
 KINDS: tuple[Kind, ...] = tuple(_EPISODES)
 _SHARES: Mapping[Kind, float] = {
     "single": 0.20, "parallel": 0.14, "no_tool": 0.08, "missing": 0.11, "loop": 0.11, "arithmetic": 0.06,
@@ -57,6 +57,9 @@ _SHARES: Mapping[Kind, float] = {
 }  # fmt: skip
 _WITHOUT_TOOLS = ("extraction", "grounded")
 _MAX_OTHER_TOOLS = 6
+# How likely one more episode is, and how many there are at most. Most tokens of a conversation are its list of tools,
+# so training gets more out of long ones.
+_MORE: Mapping[Split, tuple[float, int]] = {"train": (0.55, 5), "test": (0.25, 3)}
 
 
 def conversations(settings: SyntheticSettings, *, shard: int) -> Iterator[Conversation]:
@@ -82,8 +85,12 @@ def examples(kind: Kind, language: str, *, split: Split, count: int, seed: int =
 def make_example(draw: Draw, kind: Kind) -> Example:
     """One conversation. The last episode is of the kind that is asked for; shorter ones may come before it."""
     episodes = [_EPISODES[kind](draw)]
+    chance, most = _MORE[draw.split]
+    if kind == "extraction" and draw.split == "train":
+        while draw.chance(chance) and len(episodes) < most:
+            episodes.append(extraction(draw))
     if kind not in _WITHOUT_TOOLS:
-        while draw.chance(0.25) and len(episodes) < 3:
+        while draw.chance(chance) and len(episodes) < most:
             episodes.insert(0, draw.one(_BEFORE)(draw))
         if not _fit_together(episodes):
             return make_example(draw, kind)

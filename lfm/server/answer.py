@@ -37,6 +37,7 @@ class AnswerHead:
     warnings: list[dict[str, str]]
     for_together: bool
     includes_usage: bool  # stream_options.include_usage
+    runs_usage: bool  # stream_options.continuous_usage_stats too, as in vLLM: in every chunk
 
     def fields(self, kind: str) -> Json:
         """The fields that every object of chat and completions begins with; `kind` is its `object`."""
@@ -95,13 +96,16 @@ class ChunkShape(ABC):
         return b""
 
     def news(self, news: Sequence[tuple[Choice, Delta]], usage: Usage, *, is_last: bool) -> bytes:
-        last_usage = chat_usage(usage) if is_last and self._head.for_together else None
+        runs = self._head.runs_usage
+        last_usage = chat_usage(usage) if runs or (is_last and self._head.for_together) else None
         last_choice = news[-1][0]
         shown = [(choice, delta) for choice, delta in news if _is_worth_sending(delta)]
         if not shown:
             return b""
         opening = [] if self._has_opened else self.opening(self._choices)
-        chunks = [self.chunk(choice, delta, last_usage if choice is last_choice else None) for choice, delta in shown]
+        chunks = [
+            self.chunk(choice, delta, last_usage if runs or choice is last_choice else None) for choice, delta in shown
+        ]
         self._has_opened = True
         return b"".join(map(data_event, opening + chunks))
 

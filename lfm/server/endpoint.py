@@ -193,6 +193,7 @@ class GenerationEndpoint(Generic[R]):
             warnings=as_warnings(family.rules.warnings(body.value) + plan.prepared.warnings),
             for_together=is_together(Headers(scope=scope)),
             includes_usage=plan.request.includes_usage,
+            runs_usage=plan.request.runs_usage,
         )
         shape = plan.prepared.shape(head)
         try:

@@ -125,6 +125,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class SamplingRequest(BaseModel):
@@ -182,6 +183,11 @@ class SamplingRequest(BaseModel):
 
     @property
     def includes_usage(self) -> bool:
+        return False
+
+    @property
+    def runs_usage(self) -> bool:
+        """Whether every chunk of a stream says what was used up to it."""
         return False
 
     def requested_sampling(self) -> RequestedSampling:
@@ -254,6 +260,10 @@ class GenerationRequest(SamplingRequest):
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def runs_usage(self) -> bool:
+        return self.includes_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def check_combinations(self) -> None:
         if self.top_logprobs and (self.logprobs is None or self.logprobs is False):

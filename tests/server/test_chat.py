@@ -87,6 +87,16 @@ def test_usage_of_a_stream_comes_in_its_own_chunk_when_asked_for(client: AppClie
     assert {str(event["usage"]) for event in events[:-1]} == {"None"}
 
 
+def test_every_chunk_says_what_was_used_so_far_when_asked_for(client: AppClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = events_of(client.chat(stream=True, stream_options=options))
+    assert events[0]["usage"] is None, "the first chunk opens the choice and has no token"
+    counts = [event["usage"]["completion_tokens"] for event in events[1:]]
+    assert counts == sorted(counts)
+    assert counts[-2:] == [7, 7], "the last chunk and the usage's own"
+    assert len(set(counts)) > 2
+
+
 def test_together_gets_the_usage_with_the_last_chunk_too(client: AppClient) -> None:
     body = chat_body(stream=True, stream_options={"include_usage": True})
     events = events_of(client.post(CHAT_PATH, body, headers=TOGETHER))

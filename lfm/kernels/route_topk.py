@@ -2,7 +2,8 @@
 
 Few tokens: `score_kernel` spreads the gate's rows over programs, which have them in registers before the hidden states
 are there (programmatic dependent launch), and `select_kernel` picks. More: `score_tile_kernel` does so for tiles of
-tokens, on the matrix units. Thousands: `route_tile_kernel` does everything for a tile of tokens. Rounding: x as `rms_norm_ref`; logits, scores and weights in fp32.
+tokens, on the matrix units. From hundreds on `route_tile_kernel` does everything for a tile of tokens. Rounding: x as
+`rms_norm_ref`; logits, scores and weights in fp32.
 Among equal scores the lower id wins; a NaN is never chosen, and where nothing is left to choose the id is E.
 Bytes: h once from memory, x once; the gate (256 KB for the 24B) per token, or per tile, from L2. A program that reads
 all of the gate takes 10 us, since a multiprocessor gets some 64 bytes a cycle from L2: so tiles of experts too.

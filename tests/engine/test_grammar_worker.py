@@ -36,9 +36,58 @@ def trial(table: TokenTable) -> Iterator[GrammarTrial]:
 
 def chain(length: int) -> str:
     """Rules within rules: the library compiles them by recursion, and overflows its stack."""
-    hungry = GrammarSpec(text="start: " + '"a" ' * 20_000)
+    rules = [f'x{index}: "a" x{index + 1}' for index in range(length)]
+    return "\n".join(["start: x0", *rules, f'x{length}: "b"'])
+
+
+def intersections(count: int) -> str:
+    """An intersection of so many languages that its states never end."""
+    return "start: A\nA: " + " & ".join(f"/.*x{index}.{{{index}}}y{index}.*/" for index in range(count))
+
+
+@pytest.mark.slow
+def test_good_grammars_pass_and_are_remembered(trial: GrammarTrial) -> None:
+    assert not trial.has_passed(GOOD)
+    trial.check(GOOD)
+    assert trial.has_passed(GOOD)
+    trial.close()  # without a process, a grammar that passed before still passes
+    trial.check(GOOD)
+    trial.check(GrammarSpec(text='start: "other"'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('start: "a', "lexer error"),
+        ("start: " + "(" * 5000 + '"a"' + ")" * 5000, "nested"),
+        ('start: "a" K\nK: /x/ & /y/', "."),
+        (chain(60_000), "failed"),
+        (intersections(200), "more than 2 s"),
+    ],
+    ids=["syntax", "nesting", "dead end", "crash", "loop"],
+)
+def test_a_bad_grammar_costs_its_own_request_only(trial: GrammarTrial, text: str, reason: str) -> None:
+    trial.check(GOOD)
+    with pytest.raises(RequestError, match=reason) as caught:
+        trial.check(GrammarSpec(text=text), param="tools")
+    assert caught.value.param == "tools"
+    assert caught.value.code == "invalid_grammar"
+    trial.check(GrammarSpec(text='start: "the next one"'))
+
+
+@pytest.mark.slow
+def test_a_worker_that_eats_memory_costs_its_own_request_only(trial: GrammarTrial) -> None:
+    """What it takes beyond its limit is refused, and the library does not survive that."""
+    program = "from lfm.engine import grammar_worker as w; w._limit_resources(); bytearray(2 * w.MEMORY_BYTES)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode != 0
+    assert "MemoryError" in ended.stderr
+    trial.check(GOOD)
+    assert trial._process is not None
+    resource.prlimit(trial._process.pid, resource.RLIMIT_AS, (64 * 2**20, 64 * 2**20))  # as if all were taken
     with pytest.raises(RequestError, match="failed"):
-        trial.check(hungry)
+        trial.check(GrammarSpec(text="start: " + '"a" ' * 20_000))
     trial.check(GrammarSpec(text='start: "the next one"'))
 
 

@@ -37,40 +37,33 @@ except ImportError:
     HAS_GLUON = False
 
 STAGES = 4  # of 48 KB
+GROUP = 8
 
 
 @gluon.jit
-def load_unit(unit, num_tiles, tile_M3, group_M2, BLOCKS: gl.constexpr):
-    """The expert, the first row, the end of rows and the block of features of a unit of work.
-
-    As `moe_prefill.tile_of_unit`. Loaded one unit ahead: two trips to L2 would hold up the copies of every unit.
-    """
-    is_unit = unit < num_tiles * BLOCKS
-    first = gl.load(group_M2 + unit // BLOCKS * 2, mask=is_unit, other=0)
-    size = gl.load(group_M2 + unit // BLOCKS * 2 + 1, mask=is_unit, other=1)
-    inside = unit - first * BLOCKS
-    tile = tile_M3 + gl.where(is_unit, first + inside % size, 0) * 3
-    expert = gl.load(tile, mask=is_unit, other=0)
-    row = gl.load(tile + 1, mask=is_unit, other=0)
-    return expert, row, gl.load(tile + 2, mask=is_unit, other=0), inside // size
+def tile_and_block(program, num_tiles, BLOCKS: gl.constexpr, GROUP: gl.constexpr):
+    """The tile and the block of features of a unit of work: GROUP neighbouring tiles share the weights in L2."""
+    first = program // (GROUP * BLOCKS) * GROUP
+    size = gl.minimum(num_tiles - first, GROUP)
+    inside = program % (GROUP * BLOCKS)
+    return first + inside % size, inside // size
 
 
 @gluon.jit
 def load_part(
-    rows, weights, tile_M3, num_tiles_1, group_M2, row_ring, weight_ring, is_full, is_empty,
+    rows, weights, tile_M3, num_tiles_1, row_ring, weight_ring, is_full, is_empty,
     K: gl.constexpr, BLOCKS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    IS_UP: gl.constexpr,
+    GROUP: gl.constexpr, IS_UP: gl.constexpr,
 ):  # fmt: skip
     """Copy the operands of every step of every unit, as fast as stages become empty."""
     BYTES: gl.constexpr = (128 + 256) * BK * 2
     num_tiles = gl.load(num_tiles_1)
     stage = 0
     phase = 1
-    expert, row, _, block = load_unit(gl.program_id(0), num_tiles, tile_M3, group_M2, BLOCKS)
     for unit in range(gl.program_id(0), num_tiles * BLOCKS, gl.num_programs(0)):
-        next_expert, next_row, _, next_block = load_unit(
-            unit + gl.num_programs(0), num_tiles, tile_M3, group_M2, BLOCKS
-        )
+        tile, block = tile_and_block(unit, num_tiles, BLOCKS, GROUP)
+        expert = gl.load(tile_M3 + tile * 3)
+        row = gl.load(tile_M3 + tile * 3 + 1)
         for k in range(0, K, BK):
             mbarrier.wait(is_empty.index(stage), phase)
             barrier = is_full.index(stage)
@@ -84,14 +77,13 @@ def load_part(
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
-        expert, row, block = next_expert, next_row, next_block
 
 
 @gluon.jit
 def multiply_part(
-    tile_M3, num_tiles_1, group_M2, order_P, weights_P, out_PN, row_ring, weight_ring, is_full, is_empty,
+    tile_M3, num_tiles_1, order_P, weights_P, out_PN, row_ring, weight_ring, is_full, is_empty,
     PART: gl.constexpr, K: gl.constexpr, N: gl.constexpr, BLOCKS: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, IS_UP: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, IS_UP: gl.constexpr,
 ):  # fmt: skip
     """Multiply and write rows 64 * PART .. 64 * PART + 63 of every unit's tile."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
@@ -99,10 +91,10 @@ def multiply_part(
     num_tiles = gl.load(num_tiles_1)
     stage = 0
     phase = 0
-    _, first_row, end, block = load_unit(gl.program_id(0), num_tiles, tile_M3, group_M2, BLOCKS)
     for unit in range(gl.program_id(0), num_tiles * BLOCKS, gl.num_programs(0)):
-        _, next_row, next_end, next_block = load_unit(unit + gl.num_programs(0), num_tiles, tile_M3, group_M2, BLOCKS)
-        row = first_row + PART * 64
+        tile, block = tile_and_block(unit, num_tiles, BLOCKS, GROUP)
+        row = gl.load(tile_M3 + tile * 3 + 1) + PART * 64
+        end = gl.load(tile_M3 + tile * 3 + 2)
         if row < end:
             sums = gl.zeros((64, 256), gl.float32, SUMS)
             for k in range(0, K, BK):
@@ -148,13 +140,13 @@ def multiply_part(
                 if stage == STAGES:
                     stage = 0
                     phase ^= 1
-        first_row, end, block = next_row, next_end, next_block
 
 
 @gluon.jit
 def grouped_product_kernel(
-    rows, weights, order_P, weights_P, tile_M3, num_tiles_1, group_M2, out_PN,
-    K: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, IS_UP: gl.constexpr,
+    rows, weights, order_P, weights_P, tile_M3, num_tiles_1, out_PN,
+    K: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    IS_UP: gl.constexpr,
 ):  # fmt: skip
     """act [P, F] from xs [P, D] and gate and up together, or y [P, D] in the order of pairs from act [P, F] and down.
 
@@ -173,18 +165,18 @@ def grouped_product_kernel(
         [
             (
                 multiply_part,
-                (tile_M3, num_tiles_1, group_M2, order_P, weights_P, out_PN, row_ring, weight_ring, is_full, is_empty,
-                 0, K, N, BLOCKS, BN, BK, STAGES, IS_UP),
+                (tile_M3, num_tiles_1, order_P, weights_P, out_PN, row_ring, weight_ring, is_full, is_empty,
+                 0, K, N, BLOCKS, BN, BK, STAGES, GROUP, IS_UP),
             ),
             (
                 multiply_part,
-                (tile_M3, num_tiles_1, group_M2, order_P, weights_P, out_PN, row_ring, weight_ring, is_full, is_empty,
-                 1, K, N, BLOCKS, BN, BK, STAGES, IS_UP),
+                (tile_M3, num_tiles_1, order_P, weights_P, out_PN, row_ring, weight_ring, is_full, is_empty,
+                 1, K, N, BLOCKS, BN, BK, STAGES, GROUP, IS_UP),
             ),
             (
                 load_part,
-                (rows, weights, tile_M3, num_tiles_1, group_M2, row_ring, weight_ring, is_full, is_empty,
-                 K, BLOCKS, BN, BK, STAGES, IS_UP),
+                (rows, weights, tile_M3, num_tiles_1, row_ring, weight_ring, is_full, is_empty,
+                 K, BLOCKS, BN, BK, STAGES, GROUP, IS_UP),
             ),
         ],
         [4, 1],
@@ -210,8 +202,8 @@ def products(x_PD: Tensor, pairs: Any, weights_TA: Tensor, gate_up_E2FD: Tensor,
     num_experts, hidden, width = down_EDF.shape
     act_PF, y_PD = x_PD.new_empty(len(x_PD), width), torch.empty_like(x_PD)
     grid = (torch.cuda.get_device_properties(x_PD.device).multi_processor_count,)
-    common = (pairs.order_P, weights_TA, pairs.tile_M3, pairs.num_tiles_1, pairs.group_M2)
-    options = {"BK": 64, "STAGES": STAGES, "num_warps": 4}
+    common = (pairs.order_P, weights_TA, pairs.tile_M3, pairs.num_tiles_1)
+    options = {"BK": 64, "STAGES": STAGES, "GROUP": GROUP, "num_warps": 4}
     gate_up = _blocks_of(gate_up_E2FD, (num_experts, 2, width, hidden), (1, 2, 128, 64))
     x = _blocks_of(x_PD, tuple(x_PD.shape), (128, 64))
     grouped_product_kernel[grid](x, gate_up, *common, act_PF, K=hidden, N=width, BN=128, IS_UP=True, **options)

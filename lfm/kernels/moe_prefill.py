@@ -26,7 +26,6 @@ from lfm.kernels.triton_guard import has_dependent_launch, tl, triton
 
 MIN_TOKENS = 897  # a layer of the 24B: 768 tokens 333 us and 316 by moe_grouped, 1,024 350 and 366, 1,400 364 and 437
 TILE_PAIRS = 128
-GROUP_TILES = 16  # of one expert, that take its blocks of weights one after the other
 CHUNK_PAIRS = 256
 
 
@@ -47,10 +46,10 @@ def count_pairs_kernel(
 
 @triton.jit(do_not_specialize=["num_pairs", "num_chunks"])
 def place_pairs_kernel(
-    chosen_P, count_CE, order_P, place_P, tile_M3, num_tiles_1, group_M2, num_pairs, num_chunks, E,
-    EP: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, GROUP_TILES: tl.constexpr, DEPENDENT: tl.constexpr,
+    chosen_P, count_CE, order_P, place_P, tile_M3, num_tiles_1, num_pairs, num_chunks, E,
+    EP: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Program c: order [P] and its inverse for the pairs of chunk c, and the tiles and groups of expert c."""
+    """Program c: order [P] and its inverse for the pairs of chunk c, and the tiles of expert c, tiles by expert."""
     program = tl.program_id(0)
     pair = program * CHUNK + tl.arange(0, CHUNK)
     e = tl.arange(0, EP)
@@ -85,10 +84,6 @@ def place_pairs_kernel(
             tl.store(out, program + tl.zeros((64,), tl.int32), mask=start_of < end)
             tl.store(out + 1, start_of, mask=start_of < end)
             tl.store(out + 2, tl.minimum(start_of + BM, end), mask=start_of < end)
-            group = (first + lane) // GROUP_TILES * GROUP_TILES
-            size = tl.minimum((end - row + BM - 1) // BM - group, GROUP_TILES)
-            tl.store(group_M2 + (first_tile + first + lane) * 2, first_tile + group, mask=start_of < end)
-            tl.store(group_M2 + (first_tile + first + lane) * 2 + 1, size, mask=start_of < end)
 
 
 @triton.jit
@@ -109,30 +104,27 @@ def spread_kernel(
 
 
 @triton.jit
-def tile_of_unit(unit, num_tiles, group_M2, BLOCKS: tl.constexpr):
-    """The tile and the block of features of a unit of work, a tile of num_tiles or more if there is none.
-
-    All tiles of a group, which are of one expert, take one block after the other: its weights come from memory once.
-    """
-    is_unit = unit < num_tiles * BLOCKS
-    first = tl.load(group_M2 + unit // BLOCKS * 2, mask=is_unit, other=0)
-    size = tl.load(group_M2 + unit // BLOCKS * 2 + 1, mask=is_unit, other=1)
-    inside = unit - first * BLOCKS
-    return tl.where(is_unit, first + inside % size, num_tiles), inside // size
+def tile_and_block(program, num_tiles, BLOCKS: tl.constexpr, GROUP: tl.constexpr):
+    """The tile and the block of features of a program: GROUP neighbouring tiles share the weights in L2."""
+    first = program // (GROUP * BLOCKS) * GROUP
+    size = tl.maximum(tl.minimum(num_tiles - first, GROUP), 1)
+    inside = program % (GROUP * BLOCKS)
+    return first + inside % size, inside // size
 
 
 @triton.jit
 def up_prefill_kernel(
-    x_PD, weights_P, order_P, tile_M3, num_tiles_1, group_M2, gate_up, act_PF,
-    D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, DEPENDENT: tl.constexpr,
+    x_PD, weights_P, order_P, tile_M3, num_tiles_1, gate_up, act_PF,
+    D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """act [P, F]. Descriptors: `x_PD` of blocks [BM, BK], `gate_up` of blocks [1, 2, BF, BK] of [E, 2, F, D]."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     num_tiles = tl.load(num_tiles_1)
-    tile, block = tile_of_unit(tl.program_id(0), num_tiles, group_M2, F // BF)
-    if tile < num_tiles:
+    tile, block = tile_and_block(tl.program_id(0), num_tiles, F // BF, GROUP)
+    if (tile < num_tiles) & (block < F // BF):
         expert = tl.load(tile_M3 + tile * 3)
         row = tl.load(tile_M3 + tile * 3 + 1)
         both = tl.zeros((BM, 2 * BF), tl.float32)
@@ -151,16 +143,17 @@ def up_prefill_kernel(
 
 @triton.jit
 def down_prefill_kernel(
-    order_P, tile_M3, num_tiles_1, group_M2, act, down, y_PD,
-    D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, DEPENDENT: tl.constexpr,
+    order_P, tile_M3, num_tiles_1, act, down, y_PD,
+    D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """y [P, D] in the order of pairs. Descriptors: `act` of blocks [BM, BK], `down` of blocks [1, BD, BK]."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     num_tiles = tl.load(num_tiles_1)
-    tile, block = tile_of_unit(tl.program_id(0), num_tiles, group_M2, D // BD)
-    if tile < num_tiles:
+    tile, block = tile_and_block(tl.program_id(0), num_tiles, D // BD, GROUP)
+    if (tile < num_tiles) & (block < D // BD):
         expert = tl.load(tile_M3 + tile * 3)
         row = tl.load(tile_M3 + tile * 3 + 1)
         y_MD = tl.zeros((BM, BD), tl.float32)
@@ -175,14 +168,12 @@ def down_prefill_kernel(
 
 
 class SortedPairs(NamedTuple):
-    """Pairs by expert: their order [P] and its inverse (not for a pair without an expert); the tiles, their number;
-    for each tile the group of neighbours that it is in: the first and how many, all of one expert."""
+    """Pairs by expert: their order [P] and its inverse (not for a pair without an expert); the tiles, their number."""
 
     order_P: Tensor
     place_P: Tensor
     tile_M3: Tensor
     num_tiles_1: Tensor
-    group_M2: Tensor
 
 
 def sort_pairs(chosen_TA: Tensor, num_experts: int) -> SortedPairs:
@@ -194,22 +185,12 @@ def sort_pairs(chosen_TA: Tensor, num_experts: int) -> SortedPairs:
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=chosen_TA.device)
 
-    max_tiles = num_pairs // TILE_PAIRS + num_experts
-    pairs = SortedPairs(empty(num_pairs), empty(num_pairs), empty(max_tiles, 3), empty(1), empty(max_tiles, 2))
+    pairs = SortedPairs(empty(num_pairs), empty(num_pairs), empty(num_pairs // TILE_PAIRS + num_experts, 3), empty(1))
     count_CE = empty(num_chunks, padded)
     options = {"EP": padded, "CHUNK": CHUNK_PAIRS, "DEPENDENT": is_dependent, "launch_pdl": is_dependent}
     count_pairs_kernel[(num_chunks,)](chosen_TA, count_CE, num_pairs, num_experts, **options, num_warps=4)
     place_pairs_kernel[(max(num_chunks, num_experts),)](
-        chosen_TA,
-        count_CE,
-        *pairs,
-        num_pairs,
-        num_chunks,
-        num_experts,
-        **options,
-        BM=TILE_PAIRS,
-        GROUP_TILES=GROUP_TILES,
-        num_warps=8,
+        chosen_TA, count_CE, *pairs, num_pairs, num_chunks, num_experts, **options, BM=TILE_PAIRS, num_warps=8
     )
     return pairs
 
@@ -234,19 +215,19 @@ def _products(x_PD: Tensor, pairs: SortedPairs, weights_TA: Tensor, gate_up_E2FD
     act_PF, y_PD = x_PD.new_empty(num_pairs, width), torch.empty_like(x_PD)
     is_dependent = has_dependent_launch(x_PD.device)
     options: dict[str, Any] = {
-        "D": hidden, "F": width, "BM": TILE_PAIRS, "BK": 64, "DEPENDENT": is_dependent,
+        "D": hidden, "F": width, "BM": TILE_PAIRS, "BK": 64, "GROUP": 8, "DEPENDENT": is_dependent,
         "num_warps": 8, "num_stages": 4, "launch_pdl": is_dependent,
     }  # fmt: skip
     features = largest_divisor(width, 128)
     up_prefill_kernel[(num_tiles * (width // features),)](
         blocks_of(x_PD, x_PD.shape, (TILE_PAIRS, 64)), weights_TA, pairs.order_P, pairs.tile_M3, pairs.num_tiles_1,
-        pairs.group_M2, blocks_of(gate_up_E2FD, (num_experts, 2, width, hidden), (1, 2, features, 64)), act_PF,
+        blocks_of(gate_up_E2FD, (num_experts, 2, width, hidden), (1, 2, features, 64)), act_PF,
         BF=features, **options,
     )  # fmt: skip
     features = largest_divisor(hidden, 256)
     down_prefill_kernel[(num_tiles * (hidden // features),)](
-        pairs.order_P, pairs.tile_M3, pairs.num_tiles_1, pairs.group_M2,
-        blocks_of(act_PF, act_PF.shape, (TILE_PAIRS, 64)), blocks_of(down_EDF, down_EDF.shape, (1, features, 64)), y_PD,
+        pairs.order_P, pairs.tile_M3, pairs.num_tiles_1, blocks_of(act_PF, act_PF.shape, (TILE_PAIRS, 64)),
+        blocks_of(down_EDF, down_EDF.shape, (1, features, 64)), y_PD,
         BD=features, **options,
     )  # fmt: skip
     return y_PD

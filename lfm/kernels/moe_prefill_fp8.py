@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lfm.kernels.fp8_gemm import quantise_tokens
 from lfm.kernels.moe_grouped import blocks_of, sum_pairs
-from lfm.kernels.moe_prefill import TILE_PAIRS, SortedPairs, sort_pairs, spread, tile_of_unit
+from lfm.kernels.moe_prefill import TILE_PAIRS, SortedPairs, sort_pairs, spread, tile_and_block
 from lfm.kernels.moe_small import largest_divisor
 from lfm.kernels.triton_guard import has_dependent_launch, tl, triton
 from lfm.kernels.weights import ExpertScales
@@ -25,17 +25,17 @@ from lfm.kernels.weights import ExpertScales
 
 @triton.jit
 def up_prefill_fp8_kernel(
-    x_PD, x_scale_T, weights_P, order_P, tile_M3, num_tiles_1, group_M2, gate_up, scale_E2F, act_PF,
+    x_PD, x_scale_T, weights_P, order_P, tile_M3, num_tiles_1, gate_up, scale_E2F, act_PF,
     A: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """act [P, F]. Descriptors: `x_PD` of blocks [BM, BK], `gate_up` of blocks [1, 2, BF, BK] of [E, 2, F, D]."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     num_tiles = tl.load(num_tiles_1)
-    tile, block = tile_of_unit(tl.program_id(0), num_tiles, group_M2, F // BF)
-    if tile < num_tiles:
+    tile, block = tile_and_block(tl.program_id(0), num_tiles, F // BF, GROUP)
+    if (tile < num_tiles) & (block < F // BF):
         expert = tl.load(tile_M3 + tile * 3)
         row = tl.load(tile_M3 + tile * 3 + 1)
         both = tl.zeros((BM, 2 * BF), tl.float32)
@@ -58,17 +58,17 @@ def up_prefill_fp8_kernel(
 
 @triton.jit
 def down_prefill_fp8_kernel(
-    order_P, tile_M3, num_tiles_1, group_M2, act, act_scale_P, down, scale_ED, y_PD,
+    order_P, tile_M3, num_tiles_1, act, act_scale_P, down, scale_ED, y_PD,
     D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """y [P, D] in the order of pairs. Descriptors: `act` of blocks [BM, BK], `down` of blocks [1, BD, BK]."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     num_tiles = tl.load(num_tiles_1)
-    tile, block = tile_of_unit(tl.program_id(0), num_tiles, group_M2, D // BD)
-    if tile < num_tiles:
+    tile, block = tile_and_block(tl.program_id(0), num_tiles, D // BD, GROUP)
+    if (tile < num_tiles) & (block < D // BD):
         expert = tl.load(tile_M3 + tile * 3)
         row = tl.load(tile_M3 + tile * 3 + 1)
         y_MD = tl.zeros((BM, BD), tl.float32)
@@ -94,7 +94,7 @@ def _products(
     y_PD = torch.empty(num_pairs, hidden, dtype=dtype, device=x_PD.device)
     is_dependent = has_dependent_launch(x_PD.device)
     options: dict[str, Any] = {
-        "D": hidden, "F": width, "BM": TILE_PAIRS, "DEPENDENT": is_dependent,
+        "D": hidden, "F": width, "BM": TILE_PAIRS, "GROUP": 8, "DEPENDENT": is_dependent,
         "num_warps": 8, "num_stages": 4, "launch_pdl": is_dependent,
     }  # fmt: skip
     features, inputs = largest_divisor(width, 128), largest_divisor(hidden, 128)
@@ -106,8 +106,8 @@ def _products(
     act8_PF, act_scale_P = quantise_tokens(act_PF)
     features, inputs = largest_divisor(hidden, 256), largest_divisor(width, 128)
     down_prefill_fp8_kernel[(num_tiles * (hidden // features),)](
-        *pairs[:1], *pairs[2:], blocks_of(act8_PF, act8_PF.shape, (TILE_PAIRS, inputs)), act_scale_P,
-        blocks_of(down_EDF, down_EDF.shape, (1, features, inputs)), scales.down, y_PD,
+        pairs.order_P, pairs.tile_M3, pairs.num_tiles_1, blocks_of(act8_PF, act8_PF.shape, (TILE_PAIRS, inputs)),
+        act_scale_P, blocks_of(down_EDF, down_EDF.shape, (1, features, inputs)), scales.down, y_PD,
         BD=features, BK=inputs, **options,
     )  # fmt: skip
     return y_PD

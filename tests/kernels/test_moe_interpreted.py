@@ -107,24 +107,13 @@ else:
     @pytest.mark.parametrize("num_tokens", [1, 200])
     def test_many_pairs_are_sorted(num_tokens: int) -> None:
         chosen = make_layer(num_tokens, SMALL, dtype=torch.float32, padding=num_tokens // 9).chosen
-        order, place, tiles, num_tiles, groups = sort_pairs(chosen, SMALL.experts)
+        order, place, tiles, num_tiles = sort_pairs(chosen, SMALL.experts)
         flat = chosen.flatten()
         expected = flat.argsort(stable=True)[: int((flat < SMALL.experts).sum())].int()
         assert torch.equal(order[: len(expected)], expected)
         assert torch.equal(place[expected.long()], torch.arange(len(expected)).int())
         rows = [(expert, row) for expert, start, end in tiles[: int(num_tiles)].tolist() for row in range(start, end)]
         assert rows == [(int(flat[pair]), row) for row, pair in enumerate(expected)]
-        experts = [expert for expert, _, _ in tiles[: int(num_tiles)].tolist()]
-        for tile, (first, size) in enumerate(groups[: int(num_tiles)].tolist()):
-            assert first <= tile < first + size <= len(experts)
-            assert experts[first : first + size] == [experts[tile]] * size
-            assert groups[first].tolist() == [first, size]
-
-    def test_a_group_has_as_many_tiles_as_share_weights() -> None:
-        """2,200 pairs of one expert fill 18 tiles of 128: a group of 16 and one of 2."""
-        chosen = torch.full((1100, 2), 1)
-        groups = sort_pairs(chosen, SMALL.experts).group_M2
-        assert groups[:18].tolist() == [[0, 16]] * 16 + [[16, 2]] * 2
 
     @pytest.mark.parametrize("run", [experts_small, experts_grouped, experts_prefill])
     def test_padding_loads_no_expert_and_keeps_its_h(run: object) -> None:

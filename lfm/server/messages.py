@@ -211,7 +211,7 @@ class MessageShape:
         return message | {"warnings": self._head.warnings} if self._head.warnings else message
 
     def _usage(self, usage: Usage) -> Json:
-        searches: Json = {"server_tool_use": {"web_search_requests": self._num_searches}}
+        searches: Json = {"server_tool_use": {"web_search_requests": self._num_searches, "web_fetch_requests": 0}}
         return _usage_json(usage) | (searches if self._num_searches else {})
 
     def _stop(self, choice: Choice, delta: Delta) -> Json:

@@ -94,3 +94,4 @@ class SearchResultBlock(BaseModel):
 
 class SearchCount(BaseModel):
     web_search_requests: int
+    web_fetch_requests: int

@@ -359,11 +359,15 @@ class RunningServer:
 
 @contextlib.contextmanager
 def serving(
-    backend: FakeBackend, config: ServerConfig | None = None, *, responses: ResponsesStore | None = None
+    backend: FakeBackend,
+    config: ServerConfig | None = None,
+    *,
+    responses: ResponsesStore | None = None,
+    search: SearchService | None = None,
 ) -> Iterator[RunningServer]:
     """Serve an app on a free port until the block ends."""
     config = config or ServerConfig(port=0)
-    app = make_app(backend, config, responses=responses)
+    app = make_app(backend, config, responses=responses, search=search)
     server = ApiServer(app, config)
     sock = bind_socket(config)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"

@@ -660,7 +660,7 @@ def test_a_message_shows_the_search_its_results_and_citations(service: SearchSer
     assert citation["cited_text"] == PUMP
     assert last["text"][citation["start_index"] : citation["end_index"]] == "A pump moves water"
     assert answer["stop_reason"] == "end_turn"
-    assert answer["usage"]["server_tool_use"] == {"web_search_requests": 1}
+    assert answer["usage"]["server_tool_use"] == {"web_search_requests": 1, "web_fetch_requests": 0}
 
 
 def test_a_streamed_message_is_the_whole_one_in_blocks(service: SearchService) -> None:
@@ -686,7 +686,7 @@ def test_a_streamed_message_is_the_whole_one_in_blocks(service: SearchService) -
     assert blocks == whole["content"]
     starts = [event["type"] for event in events].count("content_block_start")
     assert starts == [event["type"] for event in events].count("content_block_stop") == 6
-    assert events[-2]["usage"]["server_tool_use"] == {"web_search_requests": 2}
+    assert events[-2]["usage"]["server_tool_use"] == {"web_search_requests": 2, "web_fetch_requests": 0}
 
 
 def test_uses_of_a_message_are_limited(service: SearchService) -> None:

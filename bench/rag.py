@@ -1,14 +1,22 @@
-"""Measure the local index: how fast documents go in, and how long a question takes on tantivy and on FTS5.
+"""Measure retrieval: how fast documents go in, how long a question takes on tantivy and on FTS5, and whole answers.
 
-    python bench/search.py --output bench/results/NAME.jsonl
+    PYTHONPATH=. python bench/rag.py --output bench/results/NAME.jsonl
+    PYTHONPATH=. python bench/rag.py --parts answers --model random:tiny
 
-Chunks are synthetic: 60 words of a vocabulary of 200,000 with Zipf's frequencies, 20 chunks to a document. A question
-has six words, two of the 20 commonest and four of a chunk that exists; any of them may match, the best 10 are returned.
-Each backend answers the same questions in every run. `index_*` is the BM25 index alone, `search_*` is what a caller
-waits for: terms, BM25, and the texts of the hits from SQLite. Each result is one JSON line.
+index    Chunks are synthetic: 60 words of a vocabulary of 200,000 with Zipf's frequencies, 20 chunks to a document. A
+         question has six words, two of the `--common` commonest and four of a chunk that exists; any of them may match,
+         the best 10 are returned. Each backend answers the same questions in every run. `index_*` is the BM25 index
+         alone, `search_*` is what a caller waits for: terms, BM25, and the texts of the hits from SQLite.
+files    `lfm index add` of Markdown files, new and unchanged.
+answers  A server of its own, 64 callers at once, each with its next question as soon as the last one is answered:
+         `documents` asks about the same documents, sent with every question; `search` has the model search first, in an
+         index of 10,000 chunks. A model with random weights writes noise, at the cost of a real one of its size.
+
+Each result is one JSON line.
 """
 
 import argparse
+import asyncio
 import json
 import os
 import platform
@@ -22,6 +30,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx2
+
+from lfm.cli.own_server import own_server
 from lfm.search.analyser import query_terms
 from lfm.search.chunks import Chunk
 from lfm.search.extraction import Extractor
@@ -35,11 +46,14 @@ from lfm.search.text_index import TextIndex
 VOCABULARY = 200_000
 WORDS_PER_CHUNK = 60
 CHUNKS_PER_DOCUMENT = 20
-NUM_COMMON = 20  # the words that count as common
 NUM_WARM_UP = 20
 BATCH_DOCUMENTS = 200
 TOP = 10
 FILE_CHUNKS = 10  # of the documents that are read from files
+NUM_DOCUMENTS = 4  # that are sent with every question
+ANSWER_TOKENS = 32
+SEARCH_TOKENS = 128  # for the call and the answer: noise ends where it likes
+QUOTE_BIAS = {"48": 6.0}  # the byte-level tokenizer's quote, so that a query of noise ends within some dozen characters
 
 
 class Corpus:
@@ -79,9 +93,9 @@ class Corpus:
                 chunks=chunks,
             )
 
-    def question(self, chunk: str) -> str:
-        rare = [word for word in chunk.lower().replace(".", "").split() if word not in self.words[:NUM_COMMON]]
-        words = self._random.sample(self.words[:NUM_COMMON], 2) + self._random.sample(rare, 4)
+    def question(self, chunk: str, num_common: int) -> str:
+        rare = [word for word in chunk.lower().replace(".", "").split() if word not in self.words[:num_common]]
+        words = self._random.sample(self.words[:num_common], 2) + self._random.sample(rare, 4)
         self._random.shuffle(words)
         return " ".join(words)
 
@@ -124,7 +138,7 @@ def latency(name: str, call: Callable[[str], object], questions: Sequence[str], 
 
 
 def measure(
-    backend: str, folder: Path, *, num_chunks: int, num_questions: int, num_runs: int, seed: int
+    backend: str, folder: Path, *, num_chunks: int, num_questions: int, num_common: int, num_runs: int, seed: int
 ) -> dict[str, object]:
     """Build an index of `num_chunks` and ask it. The truth is written first, then the BM25 index follows it."""
     corpus = Corpus(seed)
@@ -146,13 +160,14 @@ def measure(
         build_s = time.perf_counter() - start_s
         ids = corpus._random.sample(range(1, num_chunks + 1), num_questions)
         chunks = index.store.chunks(ids)
-        questions = [corpus.question(chunks[chunk_id].text) for chunk_id in ids]
+        questions = [corpus.question(chunks[chunk_id].text, num_common) for chunk_id in ids]
         result: dict[str, object] = {
             "measure": "questions",
             "backend": backend,
             "chunks": num_chunks,
             "megabytes": round(num_bytes / 1e6, 1),
             "questions": num_questions,
+            "common": num_common,
             "runs": num_runs,
             "write_truth_s": round(write_s, 2),
             "build_index_s": round(build_s, 2),
@@ -197,10 +212,112 @@ def measure_files(folder: Path, *, num_files: int, num_runs: int, seed: int) -> 
     }
 
 
+class Outcome(NamedTuple):
+    """One question: seconds until its answer, and its tokens. `is_searched`: a search was made and could be."""
+
+    latency_s: float
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    is_searched: bool
+
+
+def measure_answers(
+    kind: str, folder: Path, *, model: str, num_questions: int, concurrency: int, num_runs: int, seed: int
+) -> dict[str, object]:
+    """Whole answers over HTTP. `kind` is documents or search."""
+    corpus = Corpus(seed)
+    with LocalIndex(folder) as index:
+        index.store.write(list(corpus.documents(10_000)))
+        index.sync()
+    with own_server(model, {"--index": folder, "--max-searches": 1}) as root:
+        runs = [
+            asyncio.run(ask_all(root, kind, corpus, model=model, num_questions=num_questions, concurrency=concurrency))
+            for _ in range(num_runs + 1)  # the first one warms up
+        ][1:]
+    rates = [num_questions / duration_s for duration_s, _ in runs]
+    outcomes = [outcome for _, found in runs for outcome in found]
+    latencies = [outcome.latency_s for outcome in outcomes]
+    num_prompt = sum(outcome.num_prompt_tokens for outcome in outcomes)
+    median = statistics.median(rates)
+    return {
+        "measure": f"answers from {kind}",
+        "model": model,
+        "concurrency": concurrency,
+        "questions": num_questions,
+        "runs": num_runs,
+        "questions_per_s": round(median, 2),
+        "spread": round((max(rates) - min(rates)) / median, 3),
+        "latency_p50_ms": round(quantile_ms(latencies, 0.5), 1),
+        "latency_p99_ms": round(quantile_ms(latencies, 0.99), 1),
+        "prompt_tokens": round(num_prompt / len(outcomes), 1),
+        "output_tokens": round(sum(outcome.num_output_tokens for outcome in outcomes) / len(outcomes), 1),
+        "prefix_hit_rate": round(sum(outcome.num_cached_tokens for outcome in outcomes) / num_prompt, 4),
+        "searched": sum(outcome.is_searched for outcome in outcomes),
+    }
+
+
+async def ask_all(
+    root: str, kind: str, corpus: Corpus, *, model: str, num_questions: int, concurrency: int
+) -> tuple[float, list[Outcome]]:
+    """Seconds for all questions, and what became of each."""
+    documents = [corpus.text().strip() for _ in range(NUM_DOCUMENTS)]
+    questions = [corpus.question(documents[number % NUM_DOCUMENTS], 20) for number in range(num_questions)]
+    waiting, outcomes = iter(questions), []
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx2.AsyncClient(timeout=600.0, limits=limits) as client:
+
+        async def one_caller() -> None:
+            for question in waiting:
+                outcomes.append(await ask(client, root, kind, question, documents, model=model))
+
+        start_s = time.perf_counter()
+        await asyncio.gather(*(one_caller() for _ in range(concurrency)))
+        return time.perf_counter() - start_s, outcomes
+
+
+async def ask(
+    client: httpx2.AsyncClient, root: str, kind: str, question: str, documents: Sequence[str], *, model: str
+) -> Outcome:
+    if kind == "documents":
+        path, body = (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": question}],
+                "documents": list(documents),
+                "max_tokens": ANSWER_TOKENS,
+                "ignore_eos": True,
+            },
+        )
+    else:
+        path, body = (
+            "/v1/responses",
+            {
+                "input": question,
+                "tools": [{"type": "web_search", "external_web_access": False, "search_context_size": "low"}],
+                "tool_choice": {"type": "web_search"},
+                "max_output_tokens": SEARCH_TOKENS,
+                "logit_bias": QUOTE_BIAS if model.startswith("random:") else None,
+                "store": False,
+            },
+        )
+    start_s = time.perf_counter()
+    response = await client.post(f"{root}{path}", json={"model": model, **body})
+    latency_s = time.perf_counter() - start_s
+    response.raise_for_status()
+    answer = response.json()
+    usage = answer["usage"]
+    if kind == "documents":
+        counts = (usage["prompt_tokens"], usage["cached_tokens"], usage["completion_tokens"])
+        return Outcome(latency_s, *counts, is_searched=False)
+    items = [item for item in answer["output"] if item["type"] == "web_search_call"]
+    counts = (usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"], usage["output_tokens"])
+    return Outcome(latency_s, *counts, is_searched=any(item["status"] == "completed" for item in items))
+
+
 def size_of(folder: Path, pattern: str) -> int:
-    return sum(
-        path.stat().st_size for match in folder.glob(pattern) for path in (match, *match.rglob("*")) if path.is_file()
-    )
+    found = (path for match in folder.glob(pattern) for path in (match, *match.rglob("*")))
+    return sum(path.stat().st_size for path in found if path.is_file())
 
 
 def machine() -> dict[str, object]:
@@ -221,12 +338,53 @@ def machine() -> dict[str, object]:
     }
 
 
+def index_results(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, object]]:
+    for num_chunks in options.chunks:
+        for backend in options.backends:
+            yield measure(
+                backend,
+                folder / f"{backend}-{num_chunks}",
+                num_chunks=num_chunks,
+                num_questions=options.questions,
+                num_common=options.common,
+                num_runs=options.runs,
+                seed=options.seed,
+            )
+
+
+def file_results(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, object]]:
+    place = folder / "add"
+    place.mkdir()
+    yield measure_files(place, num_files=options.files, num_runs=options.runs, seed=options.seed)
+
+
+def answer_results(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, object]]:
+    for kind in ("documents", "search"):
+        yield measure_answers(
+            kind,
+            folder / f"answers-{kind}",
+            model=options.model,
+            num_questions=options.answers,
+            concurrency=options.concurrency,
+            num_runs=options.runs,
+            seed=options.seed,
+        )
+
+
+PARTS = {"index": index_results, "files": file_results, "answers": answer_results}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[10_000, 200_000])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--chunks", type=int, nargs="+", default=[10_000, 1_000_000])
     parser.add_argument("--backends", nargs="+", default=["tantivy", "fts5"], choices=["tantivy", "fts5"])
     parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--common", type=int, default=20)
     parser.add_argument("--files", type=int, default=2_000)
+    parser.add_argument("--model", default="random:tiny")
+    parser.add_argument("--answers", type=int, default=256)
+    parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
@@ -234,24 +392,10 @@ def main() -> None:
     where = machine()
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for num_chunks in options.chunks:
-            for backend in options.backends:
-                place = Path(folder, f"{backend}-{num_chunks}")
-                result = measure(
-                    backend,
-                    place,
-                    num_chunks=num_chunks,
-                    num_questions=options.questions,
-                    num_runs=options.runs,
-                    seed=options.seed,
-                )
+        for part in options.parts:
+            for result in PARTS[part](options, Path(folder)):
                 results.append(result | where)
                 print(json.dumps(results[-1]), flush=True)
-        place = Path(folder, "add")
-        place.mkdir()
-        result = measure_files(place, num_files=options.files, num_runs=options.runs, seed=options.seed)
-        results.append(result | where)
-        print(json.dumps(results[-1]), flush=True)
     if options.output:
         options.output.write_text("".join(json.dumps(result) + "\n" for result in results))
 

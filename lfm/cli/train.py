@@ -74,20 +74,30 @@ def sft(
 def builtin(minutes: MinutesFlag = None, debug: options.DebugFlag = False) -> None:
     """Make the built-in model from nothing: its tokenizer, pretraining, SFT. Writes into runs/builtin."""
     from lfm.train.export import RECIPES, export_model, recipe_path
+    from lfm.train.prepare import prepared_meanwhile
+    from lfm.train.recipe import TrainRecipe, read_recipe
 
     began_s = time.monotonic()
-    tokenizer(recipe_path(RECIPES["tokenizer"]))
-    folder: Path | None = None
-    for kind in ("pretrain", "sft"):
+    paths = {stage: recipe_path(name) for stage, name in RECIPES.items()}
+    tokenizer(paths["tokenizer"])
+
+    def stage(kind: Literal["pretrain", "sft"]) -> Path | None:
         left = None if minutes is None else minutes - (time.monotonic() - began_s) / 60
         if left is not None and left <= 0:
             note("the time is up; the same command goes on")
+            return None
+        return _train(paths[kind], kind, dry_run=False, minutes=left)
+
+    sft = read_recipe(paths["sft"], TrainRecipe)
+    assert sft.data.tokenizer is not None, "the recipe names one"
+    folder = Path(sft.run.output) / "data"
+    with prepared_meanwhile(sft.data, "sft", tokenizer_folder=Path(sft.data.tokenizer), folder=folder) as wait:
+        if stage("pretrain") is None:
             return
-        folder = _train(recipe_path(RECIPES[kind]), kind, dry_run=False, minutes=left)
-        if folder is None:
-            return
-    assert folder is not None, "there are two stages"
-    note(f"the model is in {export_model(folder, Path('runs/builtin/model'))}")
+        wait()
+    checkpoint = stage("sft")
+    if checkpoint is not None:
+        note(f"the model is in {export_model(checkpoint, Path('runs/builtin/model'))}")
 
 
 def _train(path: Path, kind: Literal["pretrain", "sft"], *, dry_run: bool, minutes: float | None) -> Path | None:

@@ -9,8 +9,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,10 +48,12 @@ def prepare(
     tokenizer_folder: Path,
     folder: Path,
     num_processes: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[str], None],
 ) -> None:
     """Fill `folder` with the shards of `data`, unless it already holds exactly them.
 
+    When `should_stop` says so, the folder is left without its manifest, to be filled anew.
     Raises UsageError if a file of the recipe is missing, has changed since `folder` was filled, or is malformed.
     """
     key = _key(data, kind, tokenizer_folder)
@@ -62,9 +67,36 @@ def prepare(
         return
     folder.mkdir(parents=True, exist_ok=True)
     jobs = list(_jobs(data, kind, tokenizer_folder, folder))
-    num_processes = min(len(jobs), os.cpu_count() or 1) if num_processes is None else num_processes
-    shards = _run_all(jobs, num_processes, on_progress)
-    write_manifest(folder, shards, key=key)
+    num_processes = min(len(jobs), num_processes or os.cpu_count() or 1)
+    shards = _run_all(jobs, num_processes, should_stop, on_progress)
+    if shards is not None:
+        write_manifest(folder, shards, key=key)
+
+
+@contextmanager
+def prepared_meanwhile(
+    data: DataSettings, kind: Kind, *, tokenizer_folder: Path, folder: Path
+) -> Iterator[Callable[[], None]]:
+    """Prepare in the background, on half of the cores; the body calls what it is given to wait for the end.
+
+    Leaving the body stops what is not done. Errors are those of `prepare`, raised where the body waits.
+    """
+    is_over = threading.Event()
+    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as executor:
+        work = executor.submit(
+            prepare,
+            data,
+            kind,
+            tokenizer_folder=tokenizer_folder,
+            folder=folder,
+            num_processes=max(2, (os.cpu_count() or 1) // 2),
+            should_stop=is_over.is_set,
+            on_progress=lambda line: None,
+        )
+        try:
+            yield work.result
+        finally:
+            is_over.set()
 
 
 def run_job(job: Job) -> ShardInfo:
@@ -134,8 +166,10 @@ def _key(data: DataSettings, kind: Kind, tokenizer_folder: Path) -> dict[str, An
     return {"kind": kind, "tokenizer": tokenizer, "max_length": data.max_length, "files": files, "synthetic": synthetic}
 
 
-def _run_all(jobs: list[Job], num_processes: int, on_progress: Callable[[str], None]) -> list[ShardInfo]:
-    """Run the jobs, here if one process is enough. The first failure stops the rest."""
+def _run_all(
+    jobs: list[Job], num_processes: int, should_stop: Callable[[], bool], on_progress: Callable[[str], None]
+) -> list[ShardInfo] | None:
+    """Run the jobs, here if one process is enough. The first failure stops the rest. None: `should_stop` said so."""
     if num_processes <= 1:
         done = []
         for job in jobs:
@@ -147,6 +181,8 @@ def _run_all(jobs: list[Job], num_processes: int, on_progress: Callable[[str], N
     infos: dict[str, ShardInfo] = {}
     try:
         while waiting or running:
+            if should_stop():
+                return None
             while waiting and len(running) < num_processes:
                 job = waiting.pop()
                 running[job.name] = _start(job)

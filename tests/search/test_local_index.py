@@ -322,3 +322,21 @@ def test_threads_that_ask_first_wait_for_the_one_that_builds_the_index(tmp_path:
 
         with ThreadPoolExecutor(4) as threads:
             assert list(threads.map(ask, range(4))) == [3] * 4
+
+
+@pytest.mark.skipif(not HAS_TANTIVY, reason="needs tantivy, of the extra search")
+def test_the_commonest_words_are_left_out_of_long_questions_on_a_large_index(tmp_path: Path) -> None:
+    from lfm.search.tantivy_index import TantivyIndex
+
+    texts = {f"/{number}.md": f"The house of number {number}." for number in range(40)}
+    texts |= {
+        "/pump.md": "The pump of a valve.",
+        "/valve.md": "Valve and rotor.",
+        "/rotor.md": "A rotor, a pump, a valve.",
+    }
+    large = TantivyIndex(tmp_path / "bm25", large_index=40)
+    with LocalIndex(tmp_path, text_index=large) as index:
+        index.store.write([document(path, text, title="-") for path, text in texts.items()])
+        assert set(paths_found(index, "the pump of the valve and its rotor")) == {"/pump.md", "/valve.md", "/rotor.md"}
+        assert len(paths_found(index, "the pump", limit=50)) == 41  # too short to do without
+        assert len(paths_found(index, "the absent thing of nothing at all", limit=50)) == 41

@@ -124,10 +124,11 @@ class Grammars:
 
     # -- masks ---------------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def hold(batch: ScheduledBatch) -> bool:
-        """Whether some sample of the batch depends on the ids of the step before it."""
-        return any(row.samples and row.sequence.constraint is not None for row in batch.rows)
+    def hold(self, batch: ScheduledBatch) -> bool:
+        """Whether some sample of the batch depends on the ids of the step before. Free while nobody uses grammars."""
+        return self._cache is not None and any(
+            row.sequence.constraint is not None and row.samples for row in batch.rows
+        )
 
     def start(self, batch: ScheduledBatch) -> None:
         """Begin to fill the masks of the batch's samples. All ids of earlier steps must have been read."""

@@ -13,7 +13,7 @@ from typing import Any
 from lfm.chat.tokenizer_json import read_json_object
 from lfm.config import ModelConfig
 from lfm.errors import ModelError
-from lfm.protocol import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, SamplingParams
+from lfm.protocol import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ def _checked(given: Mapping[str, object], *, max_top_k: int) -> dict[str, Any]:
         "top_k": (int, 0, max_top_k, True),
         "top_p": (int | float, 0, 1, False),
         "min_p": (int | float, 0, 1, True),
-        "repetition_penalty": (int | float, 0, MAX_REPETITION_PENALTY, False),
+        "repetition_penalty": (int | float, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY, True),
     }
     values: dict[str, Any] = {}
     for name, (kind, low, high, has_low) in ranges.items():

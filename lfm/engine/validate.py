@@ -38,12 +38,12 @@ def _check_sampling(sampling: SamplingParams, *, vocab_size: int) -> None:
     if sampling.top_p == 0:
         raise RequestError("top_p=0 leaves no token. Allowed: above 0, up to 1.", param="top_p")
     _check_range("top_k", sampling.top_k, 0, vocab_size)
-    _check_range("repetition_penalty", sampling.repetition_penalty, 0, protocol.MAX_REPETITION_PENALTY)
-    if sampling.repetition_penalty == 0:
-        raise RequestError(
-            f"repetition_penalty=0 divides by zero. Allowed: above 0, up to {protocol.MAX_REPETITION_PENALTY:g}.",
-            param="repetition_penalty",
-        )
+    _check_range(
+        "repetition_penalty",
+        sampling.repetition_penalty,
+        protocol.MIN_REPETITION_PENALTY,
+        protocol.MAX_REPETITION_PENALTY,
+    )
     for name in ("presence_penalty", "frequency_penalty"):
         limit = protocol.MAX_PRESENCE_FREQUENCY
         _check_range(name, getattr(sampling, name), -limit, limit)

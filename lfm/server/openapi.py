@@ -98,7 +98,7 @@ BOUNDS: Mapping[str, Json] = {
     "top_p": {"exclusiveMinimum": 0, "maximum": 1},
     "min_p": {"minimum": 0, "maximum": 1},
     "top_k": {"minimum": 0},
-    "repetition_penalty": {"exclusiveMinimum": 0, "maximum": protocol.MAX_REPETITION_PENALTY},
+    "repetition_penalty": {"minimum": protocol.MIN_REPETITION_PENALTY, "maximum": protocol.MAX_REPETITION_PENALTY},
     "presence_penalty": {"minimum": -protocol.MAX_PRESENCE_FREQUENCY, "maximum": protocol.MAX_PRESENCE_FREQUENCY},
     "frequency_penalty": {"minimum": -protocol.MAX_PRESENCE_FREQUENCY, "maximum": protocol.MAX_PRESENCE_FREQUENCY},
     "top_logprobs": {"minimum": 0, "maximum": protocol.MAX_TOP_LOGPROBS},

@@ -113,6 +113,7 @@ def test_the_folders_file_is_read(tmp_path: Path) -> None:
         ("min_p", -0.1),
         ("min_p", 1.1),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-40),
         ("repetition_penalty", 10.1),
         ("repetition_penalty", [1.0]),
     ],

@@ -56,6 +56,7 @@ def events_of(engine: Engine) -> list[TokenEvent]:
         ({"top_k": -1}, "top_k"),
         ({"top_k": VOCAB + 1}, "top_k"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty"),  # logits divided by it were infinite: a 500
         ({"repetition_penalty": 10.5}, "repetition_penalty"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty"),

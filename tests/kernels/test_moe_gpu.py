@@ -113,7 +113,7 @@ def test_router_chooses_the_best_and_weighs_them_right(sizes: Sizes, num_tokens:
     torch.testing.assert_close(weights.double(), exact / (exact.sum(1, keepdim=True) + 1e-6), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 4, 16, 100])
+@pytest.mark.parametrize("num_tokens", [1, 4, 16, 100, 1024])
 def test_a_captured_layer_takes_new_inputs(num_tokens: int) -> None:
     h, norm, router = router_of(num_tokens, LARGE, bias=True)
     weights = layer_of(1, LARGE)

@@ -5,7 +5,7 @@ Defaults live only here. Configs are never changed: `lfm.engine.resolve` makes a
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,6 +135,14 @@ def _in_range(name: str, value: float | None, low: float, high: float) -> None:
 MAX_STEP_TOKENS = 65_536
 
 
+BUILTIN_FOLDER = Path(__file__).parent / "builtin"  # the model that `builtin` means, where it comes with the package
+
+
+def default_model() -> str:
+    """What is served if nobody says what: `builtin`, or the tiny random model in a copy of the package without it."""
+    return "builtin" if (BUILTIN_FOLDER / "config.json").is_file() else "random:tiny"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """What a user may choose about the engine; None means: chosen for this machine, and printed with the reason.
@@ -144,7 +152,7 @@ class EngineConfig:
     waits for single tokens, sets it to the most.
     """
 
-    model: str = "random:tiny"
+    model: str = field(default_factory=default_model)
     revision: str | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"

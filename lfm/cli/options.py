@@ -12,7 +12,7 @@ from lfm.config import Device, EngineConfig, KvDtype, Quantize, ServerConfig
 ENGINE = EngineConfig()
 SERVER = ServerConfig()
 
-MODEL_HELP = "A folder in Hugging Face layout, a hub id (downloaded), or random:PRESET."
+MODEL_HELP = "builtin, a folder in Hugging Face layout, a hub id (downloaded), or random:PRESET."
 
 
 def flag(field: str, help_text: str, *, panel: str | None = None) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import lfm.config
 from lfm.config import ModelConfig
 from lfm.errors import ModelError, UsageError
 from lfm.model.presets import PRESETS
@@ -14,7 +15,7 @@ from lfm.model.progress import ignore_progress
 _RANDOM = "random:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _ALLOWED = (
-    "a folder in Hugging Face layout, a hub id such as LiquidAI/LFM2-24B-A2B, or random:PRESET with one of "
+    "builtin, a folder in Hugging Face layout, a hub id such as LiquidAI/LFM2-24B-A2B, or random:PRESET with one of "
     f"{', '.join(PRESETS)}"
 )
 
@@ -71,7 +72,8 @@ def describe_model(
 def _find_local(model: str, revision: str | None) -> ModelSource | None:
     """What needs no hub; None for a hub id."""
     if model == "builtin":
-        raise UsageError(f"The model 'builtin' does not exist yet. Allowed: {_ALLOWED}.")
+        _refuse_revision(revision, model)
+        return _resolve_builtin()
     if model.startswith(_RANDOM):
         _refuse_revision(revision, model)
         return _resolve_preset(model)
@@ -86,6 +88,16 @@ def _find_local(model: str, revision: str | None) -> ModelSource | None:
         shown = model if len(model) <= 200 else f"{model[:200]}..."
         raise UsageError(f"There is no folder {shown!r}, and it is no hub id. Allowed: {_ALLOWED}.")
     return None
+
+
+def _resolve_builtin() -> ModelSource:
+    folder = lfm.config.BUILTIN_FOLDER
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"The model 'builtin' is not in this copy of lfm: {folder} is missing. `lfm train builtin` makes one. "
+            f"Allowed: {_ALLOWED}."
+        )
+    return ModelSource("builtin", folder, None, _read_config(folder))
 
 
 def _resolve_preset(model: str) -> ModelSource:

@@ -118,7 +118,6 @@ def test_the_environment_is_read_when_the_command_starts(
     [
         (["serve", "--quantize", "int8"], "'int8' is not one of 'none', 'fp8'"),
         (["serve", "--kv-dtype", "fp16"], "'fp16' is not one of 'auto', 'fp8'"),
-        (["serve", "builtin", "--port", "0"], "'builtin' does not exist yet"),
         (["serve", "random:nothing", "--port", "0"], "random:nothing is not known. Allowed: random:"),
         (["serve", "./no/such/folder", "--port", "0"], "There is no folder './no/such/folder'"),
         (["serve", "--host", "0.0.0.0"], "Add --api-key KEY, or --insecure"),

@@ -8,6 +8,8 @@ import huggingface_hub
 import pytest
 import torch
 
+import lfm.config
+from lfm.config import EngineConfig
 from lfm.errors import LfmError, ModelError, UsageError
 from lfm.model.checkpoint_files import SINGLE_FILE
 from lfm.model.hf_config import to_hf_config
@@ -57,8 +59,18 @@ def test_a_folder_wins_over_a_hub_id_of_the_same_spelling(folder: Path, monkeypa
     assert resolve_model(f"{folder.parent.name}/my-model").folder == Path(folder.parent.name) / "my-model"
 
 
-def test_builtin_is_refused_by_name_until_it_exists() -> None:
-    assert "'builtin' does not exist yet" in error_of("builtin")
+def test_builtin_is_the_folder_in_the_package_and_the_default(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lfm.config, "BUILTIN_FOLDER", folder)
+    source = resolve_model("builtin")
+    assert (source.name, source.folder, source.preset) == ("builtin", folder, None)
+    assert EngineConfig().model == "builtin"
+    assert "--revision main is of no use with builtin" in error_of("builtin", revision="main")
+
+
+def test_a_copy_without_builtin_says_so_and_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lfm.config, "BUILTIN_FOLDER", tmp_path / "builtin")
+    assert f"not in this copy of lfm: {tmp_path / 'builtin'} is missing" in error_of("builtin")
+    assert EngineConfig().model == "random:tiny"
 
 
 @pytest.mark.parametrize("model", ["random:", "random:huge", "random:TINY", "random:tiny "])

@@ -10,7 +10,6 @@ import json
 import math
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lfm.cli.facts import git_commit, run
 from lfm.cli.loading import load_llm
 from lfm.cli.terminal import note
 from lfm.config import EngineConfig
@@ -32,8 +32,6 @@ from lfm.llm import LLM
 from lfm.model.limits import PEAKS, Workload, limit_seconds
 from lfm.protocol import EngineRequest, SamplingParams
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMAND_S = 10.0
 ZIPF_SCALE = 0.19 * 6**0.5 / math.pi
 COUNTED_TOKENS = 64  # decoding steps in which the experts are counted
 
@@ -53,9 +51,9 @@ class Facts:
         """`commit` stands in where there is no git checkout."""
         has_gpu = torch.cuda.is_available()
         return cls(
-            commit=_git_commit() or commit,
+            commit=git_commit() or commit,
             gpu=torch.cuda.get_device_name() if has_gpu else None,
-            driver=_run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if has_gpu else None,
+            driver=run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if has_gpu else None,
             torch=torch.__version__,
             triton=_version_of("triton"),
         )
@@ -280,24 +278,6 @@ def print_results(results: Sequence[Result]) -> None:
     Console().print("the cache holds " + ", ".join(sorted({f"{r.cache_tokens:,} tokens" for r in results})))
     for result in results:
         print(json.dumps(asdict(result)), flush=True)
-
-
-def _git_commit() -> str | None:
-    """The commit of this checkout, marked if it was changed since; None outside a checkout."""
-    commit = _run("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    changes = _run("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return f"{commit}-dirty" if changes else commit
-
-
-def _run(*command: str) -> str | None:
-    """The first line that a command prints; empty if it prints nothing, None if it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=True)
-    except (OSError, subprocess.SubprocessError):  # not installed, or not applicable here: the fact stays unknown
-        return None
-    return done.stdout.strip().partition("\n")[0]
 
 
 def _version_of(package: str) -> str | None:

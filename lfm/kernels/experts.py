@@ -22,7 +22,7 @@ from lfm.kernels.moe_small import MAX_TOKENS as MAX_SMALL_TOKENS
 from lfm.kernels.moe_small import experts_small
 from lfm.kernels.norm import widen
 from lfm.kernels.triton_guard import runs_triton
-from lfm.kernels.tuned import tuned_for
+from lfm.kernels.tuned import grouped_tiles, tuned_for
 from lfm.kernels.weights import ExpertScales, scaled
 
 
@@ -119,4 +119,6 @@ def experts(
             return experts_prefill(*args)
         if scales is not None and num_tokens >= tuned_for(x_TD.device).fp8_prefill_tokens:
             return experts_prefill_fp8(*args, scales)
-    return experts_grouped(*args) if scales is None else experts_grouped_fp8(*args, scales)
+    if scales is not None and grouped_tiles(x_TD.device, "fp8", num_tokens).is_all_fp8:
+        return experts_grouped_fp8(*args, scales)
+    return experts_grouped(*args, scales)

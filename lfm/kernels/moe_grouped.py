@@ -23,7 +23,7 @@ from torch import Tensor
 from lfm.kernels.fp8 import FP8
 from lfm.kernels.moe_small import largest_divisor
 from lfm.kernels.triton_guard import TensorDescriptor, has_dependent_launch, tl, triton
-from lfm.kernels.tuned import tuned_for
+from lfm.kernels.tuned import grouped_tiles
 from lfm.kernels.weights import ExpertScales
 
 
@@ -237,8 +237,7 @@ def experts_grouped(
     num_experts, hidden, width = down_EDF.shape
     num_tokens, num_chosen = chosen_TA.shape
     is_bulk, is_dependent = has_copy_engine(x_TD.device), has_dependent_launch(x_TD.device)
-    table = tuned_for(x_TD.device).grouped["fp8" if gate_up_E2FD.dtype == FP8 else "bf16"]
-    tiles = next(tiles for tiles in table if num_tokens <= tiles.tokens)
+    tiles = grouped_tiles(x_TD.device, "fp8" if gate_up_E2FD.dtype == FP8 else "bf16", num_tokens)
     gate_up_scale, down_scale = scales or (weights_TA, weights_TA)
     pairs = sort_pairs(chosen_TA, num_experts, tiles.pairs)
     act_PF = x_TD.new_empty(num_tokens * num_chosen, width)

@@ -20,7 +20,7 @@ from lfm.kernels.fp8_gemm import quantise_tokens
 from lfm.kernels.moe_grouped import blocks_of, has_copy_engine, sort_pairs, sum_pairs
 from lfm.kernels.moe_small import largest_divisor
 from lfm.kernels.triton_guard import has_dependent_launch, tl, triton
-from lfm.kernels.tuned import tuned_for
+from lfm.kernels.tuned import grouped_tiles
 from lfm.kernels.weights import ExpertScales
 
 
@@ -126,7 +126,7 @@ def experts_grouped_fp8(
     num_experts, hidden, width = down_EDF.shape
     num_tokens, num_chosen = chosen_TA.shape
     is_bulk, is_dependent = has_copy_engine(x_TD.device), has_dependent_launch(x_TD.device)
-    tiles = next(tiles for tiles in tuned_for(x_TD.device).grouped["fp8"] if num_tokens <= tiles.tokens)
+    tiles = grouped_tiles(x_TD.device, "fp8", num_tokens)
     x8_TD, x_scale_T = quantise_tokens(x_TD)
     pairs = sort_pairs(chosen_TA, num_experts, tiles.pairs)
     block = largest_divisor(width, tiles.up.features)

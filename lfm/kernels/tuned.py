@@ -17,6 +17,7 @@ import torch
 WeightKind = Literal["bf16", "fp8"]
 FOLDER = Path(__file__).with_name("tuned")
 LARGE_CAPABILITIES = (9, 10)
+FOREVER = 1 << 62  # tokens of the last class
 
 
 class StreamTile(NamedTuple):
@@ -53,12 +54,16 @@ class GroupedTile(NamedTuple):
 
 
 class GroupedTiles(NamedTuple):
-    """For up to `tokens`: pairs per tile, and the tiles of the two products."""
+    """For up to `tokens`: pairs per tile, and the tiles of the two products.
+
+    Of weights in fp8: whether activations are in fp8 too (moe_grouped_fp8) or stay as they are (moe_grouped).
+    """
 
     tokens: int
     pairs: int
     up: GroupedTile
     down: GroupedTile
+    is_all_fp8: bool = False
 
 
 class PairTiles(NamedTuple):
@@ -84,6 +89,11 @@ _replacements: list[Tuned] = []
 def tuned_for(device: torch.device) -> Tuned:
     """The tables of a device; those of a small GPU for a CPU, where only the interpreter asks."""
     return _replacements[-1] if _replacements else _tables_of(device)
+
+
+def grouped_tiles(device: torch.device, kind: WeightKind, num_tokens: int) -> GroupedTiles:
+    """The tiles of the class that `num_tokens` falls into."""
+    return next(tiles for tiles in tuned_for(device).grouped[kind] if num_tokens <= tiles.tokens)
 
 
 @contextmanager
@@ -129,4 +139,47 @@ def read_tables(path: Path) -> Tuned:
 
 def _grouped(entry: dict[str, Any]) -> GroupedTiles:
     up, down = GroupedTile(*entry["up"]), GroupedTile(*entry["down"])
-    return GroupedTiles(entry["tokens"] or 1 << 62, entry["pairs"], up, down)
+    return GroupedTiles(entry["tokens"] or FOREVER, entry["pairs"], up, down, entry["is_all_fp8"])
+
+
+def write_tables(tables: Tuned, path: Path, *, gpu: str) -> None:
+    """Write tables so that `tuned.read_tables` reads them back."""
+    stream: dict[str, dict[str, dict[str, Any]]] = {}
+    for kind, entries in tables.stream.items():
+        for (what, slots), tile in sorted(entries.items()):
+            stream.setdefault(kind, {}).setdefault(what, {})[str(slots)] = list(tile)
+    content = {
+        "gpu": gpu,
+        "stream": stream,
+        "pairs": {
+            kind: {name: list(tile) for name, tile in tiles._asdict().items()} for kind, tiles in tables.pairs.items()
+        },
+        "grouped": {
+            kind: [
+                {
+                    "tokens": None if t.tokens == FOREVER else t.tokens,
+                    "pairs": t.pairs,
+                    "up": list(t.up),
+                    "down": list(t.down),
+                    "is_all_fp8": t.is_all_fp8,
+                }
+                for t in classes
+            ]
+            for kind, classes in tables.grouped.items()
+        },
+        "fp8_prefill_tokens": tables.fp8_prefill_tokens,
+    }
+    path.write_text(_as_text(content, depth=0) + "\n", encoding="utf-8")
+
+
+def _as_text(value: Any, *, depth: int) -> str:
+    """JSON with one tile, or one class of tokens, per line."""
+    flat = json.dumps(value)
+    is_leaf = not isinstance(value, dict | list) or depth > 2 or len(flat) <= 20
+    if is_leaf:
+        return flat
+    pad = "  " * depth
+    if isinstance(value, dict):
+        inner = [f"{pad}  {json.dumps(key)}: {_as_text(item, depth=depth + 1)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(inner) + f"\n{pad}}}"
+    return "[\n" + ",\n".join(f"{pad}  {json.dumps(item)}" for item in value) + f"\n{pad}]"

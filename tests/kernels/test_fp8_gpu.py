@@ -17,6 +17,9 @@ from lfm.kernels.fp8 import FP8, quantise_rows
 from lfm.kernels.fp8_gemm import fp8_project, fp8_project_ref, quantise_tokens
 from lfm.kernels.kv_fp8 import as_bytes
 from lfm.kernels.kv_layout import num_rows
+from lfm.kernels.moe_grouped import experts_grouped
+from lfm.kernels.moe_grouped_fp8 import experts_grouped_fp8
+from lfm.kernels.moe_small import experts_small
 from lfm.kernels.short_conv import conv_in, conv_in_ref
 from lfm.kernels.tuned import tuned_for
 from lfm.kernels.weights import ExpertScales, Linear, Norm, scaled
@@ -156,32 +159,38 @@ def error_added(got: Tensor, exact: Tensor, h: Tensor) -> float:
 SMALL = Sizes(hidden=128, experts=8, width=64, chosen=2)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16, 33, 130, 255])
 @pytest.mark.parametrize("sizes", [LARGE, SMALL])
-def test_experts_of_few_tokens_keep_their_activations(tokens: int, sizes: Sizes) -> None:
+def test_experts_that_keep_their_activations(tokens: int, sizes: Sizes) -> None:
     args = expert_arguments(tokens, sizes, padding=min(1, tokens - 1))
     h, x, chosen, shares, gate_up, down, scales = args
     exact = exact_experts(args)
     plain = (scaled(gate_up, scales.gate_up, x.dtype), scaled(down, scales.down, x.dtype))  # type: ignore[attr-defined]
     expected = experts_ref(h, x, chosen, shares, *plain)
-    got = experts(*args)
+    got = (experts_small if tokens <= 4 else experts_grouped)(*args)
     assert error_added(got, exact, h) <= FACTOR * error_added(expected, exact, h)
     padding = chosen[:, 0] == sizes.experts
     assert torch.equal(got[padding], h[padding])
 
 
-@pytest.mark.parametrize("tokens", [5, 16, 33, 130, 400, 1100, 2049, 8192])
+@pytest.mark.parametrize(
+    ("run", "tokens"),
+    [(experts_grouped_fp8, tokens) for tokens in (5, 16, 33, 130, 400)]
+    + [(experts, tokens) for tokens in (400, 1100, 2049, 8192)],
+)
 @pytest.mark.parametrize("popular", [None, 7])
 @pytest.mark.parametrize("sizes", [LARGE, SMALL])
-def test_experts_with_both_operands_in_fp8(tokens: int, popular: int | None, sizes: Sizes) -> None:
+def test_experts_with_both_operands_in_fp8(
+    run: Callable[..., Tensor], tokens: int, popular: int | None, sizes: Sizes
+) -> None:
     """Scales of act may be per block of features: other roundings than the reference's, and not worse."""
     options = {"padding": 2} if popular is None else {"padding": 2, "popular": popular}
     args = expert_arguments(tokens, sizes, **options)
     h, exact = args[0], exact_experts(args)
-    got = experts(*args)
+    got = run(*args)
     assert error_added(got, exact, h) <= 1.1 * error_added(experts_fp8_ref(*args), exact, h)
     assert torch.equal(got[-2:], h[-2:])
-    assert torch.equal(experts(*args), got)
+    assert torch.equal(run(*args), got)
 
 
 def cache_in_fp8(chunks: list[tuple[int, int, list[int]]], groups: int, head_dim: int, block_size: int) -> list[Tensor]:

@@ -14,7 +14,7 @@ from lfm.engine.sampler import sample
 from lfm.engine.sampling_rows import RowStart, SamplingRows
 from lfm.model.full_forward import full_logits
 from lfm.model.lfm2 import Lfm2
-from lfm.model.ops import PACKED, REFERENCE
+from lfm.model.ops import PACKED, REFERENCE, Ops
 from lfm.protocol import EngineRequest, SamplingParams
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -60,7 +60,7 @@ def random_model(
     return model
 
 
-def make_plan(*, device: str = "cpu", dtype: str = "float64", **changes: int | bool) -> EnginePlan:
+def make_plan(*, device: str = "cpu", dtype: str = "float64", **changes: int | bool | str) -> EnginePlan:
     settings = {
         "max_model_len": 64, "max_running": 4, "step_tokens": 16, "step_tokens_decoding": 8, "block_size": 4,
         "num_blocks": 32, "memory_fraction": 0.9, "max_queue": 64, "plain_loop": False, "prefix_caching": True,
@@ -80,13 +80,13 @@ def make_engine(
     return engine
 
 
-def naive_loop(model: Lfm2, prompt: list[int], sampling: SamplingParams) -> list[int]:
+def naive_loop(model: Lfm2, prompt: list[int], sampling: SamplingParams, ops: Ops = PACKED) -> list[int]:
     """The oracle: recompute everything for every token, sample in a fresh row, stop at the end token."""
     assert sampling.seed is not None
     ids = list(prompt)
     device = model.model.embed_tokens.weight.device
     while len(ids) - len(prompt) < sampling.max_tokens:
-        logits = full_logits(model, [ids], PACKED)[0][-1:]
+        logits = full_logits(model, [ids], ops)[0][-1:]
         rows = SamplingRows(1, VOCAB, num_ids=NUM_IDS, device=device)
         rows.start(RowStart(row=0, params=sampling, seed=sampling.seed, ids=ids, num_prompt=len(prompt)))
         zero, position = torch.tensor([0], device=device), torch.tensor([len(ids)], device=device)

@@ -13,7 +13,7 @@ TORCH := $(shell sed -n 's/^torch-version = "\([^"]*\)".*/\1/p' pyproject.toml)
 UV := uv==0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast test-gpu test-clients check format lock lock-clients clean
+.PHONY: help setup serve test test-fast test-gpu test-clients test-api check format lock lock-clients clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,6 +35,9 @@ test-gpu: $(INSTALLED) ## the tests that need a CUDA device
 test-clients: $(INSTALLED) ## other projects' clients, each from its own lock, and what they did
 	$(BIN)/python -m pytest tests/clients -m clients -rsP -p no:cacheprovider $(ARGS)
 
+test-api: $(INSTALLED) ## schemathesis against our own OpenAPI document: no 5xx, every answer as described
+	$(BIN)/python -m pytest tests/clients/test_api_document.py -m clients -rsP -p no:cacheprovider $(ARGS)
+
 check: $(INSTALLED) ## formatting, lint, types, and the README's table
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -51,9 +54,9 @@ lock: $(BIN)/python ## rebuild requirements.lock, keeping its versions; newer on
 	    --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" \
 	    --quiet --output-file requirements.lock $(ARGS)
 
-lock-clients: $(BIN)/python ## rebuild the locks of make test-clients; newest versions: make lock-clients ARGS=--upgrade
+lock-clients: $(BIN)/python ## rebuild the locks of make test-clients and test-api; newest versions: make lock-clients ARGS=--upgrade
 	$(PIP) install --quiet $(UV)
-	for name in agents instructor litellm; do $(BIN)/uv --no-config pip compile tests/clients/locks/$$name.in \
+	for name in agents instructor litellm schemathesis; do $(BIN)/uv --no-config pip compile tests/clients/locks/$$name.in \
 	    --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock-clients" \
 	    --quiet --output-file tests/clients/locks/$$name.txt $(ARGS) || exit 1; done
 

@@ -1,10 +1,12 @@
 """One served model for all client tests: the real command, in its own process, on a free port."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -17,6 +19,10 @@ START_SECONDS = 90.0
 STOP_SECONDS = 30.0
 MODEL = "LiquidAI/LFM2-24B-A2B"
 API_KEY = "test-key"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", default=10, type=int, help="requests per operation that make test-api draws (10)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -38,14 +44,13 @@ def is_ready(process: subprocess.Popen[bytes], served: Served) -> bool:
         return False
 
 
-@pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+@contextlib.contextmanager
+def served_model(log: Path, *flags: str) -> Iterator[Served]:
+    """Serve the tiny model until the end of the block, in a process of its own with further flags."""
     port = unused_port()
-    folder = tmp_path_factory.mktemp("served")
-    log = folder / "serve.log"
-    environment = {**os.environ, "XDG_DATA_HOME": str(folder)}  # no test stores anything among the user's own data
     served = Served(url=f"http://127.0.0.1:{port}", model=MODEL, api_key=API_KEY, log=log)
-    flags = ["--port", str(port), "--served-model-name", MODEL, "--api-key", API_KEY]
+    environment = {**os.environ, "XDG_DATA_HOME": str(log.parent)}  # no test stores anything among the user's own data
+    flags = ("--port", str(port), "--served-model-name", MODEL, "--api-key", API_KEY, *flags)
     command = [sys.executable, "-m", "lfm.cli", "serve", "random:tiny", *flags]
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
         try:
@@ -55,6 +60,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             assert process.wait(STOP_SECONDS) == 0, f"lfm serve exited {process.returncode}:\n{log.read_text()}"
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with served_model(tmp_path_factory.mktemp("served") / "serve.log") as served:
+        yield served
 
 
 @pytest.fixture(scope="session")

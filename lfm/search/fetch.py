@@ -11,6 +11,7 @@ import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import ip_address
 from types import TracebackType
@@ -106,6 +107,8 @@ class PageFetcher:
             limits=httpx2.Limits(max_connections=limits.max_at_once, max_keepalive_connections=0),
         )
         self._slots = asyncio.Semaphore(limits.max_at_once)
+        # Documents are parsed one by one. Those that wait must not take the threads that others need.
+        self._parsing = ThreadPoolExecutor(1, thread_name_prefix="lfm-page")
 
     async def fetch(self, text: str) -> Page:
         """Fetch the page at an address that a model or a user wrote. Raises FetchError, whose text they may read."""
@@ -129,6 +132,7 @@ class PageFetcher:
     async def aclose(self) -> None:
         """Close what is open. The extractor is the caller's."""
         await self._transport.aclose()
+        self._parsing.shutdown(wait=False, cancel_futures=True)
 
     async def __aenter__(self) -> Self:
         return self
@@ -209,7 +213,7 @@ class PageFetcher:
         if kind == "html" and body.charset is not None:  # the header wins over what the page says of itself
             data = data.decode(body.charset, "replace").encode()
         try:
-            return await asyncio.to_thread(self._extractor.extract, data, kind)
+            return await asyncio.get_running_loop().run_in_executor(self._parsing, self._extractor.extract, data, kind)
         except ExtractionError as error:
             raise FetchError("unreadable", f"{url} cannot be read. {error}") from error
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from lfm.errors import RequestError
 from lfm.search.errors import FetchError, ProviderError
 from lfm.search.packing import CONTEXT_TOKENS, SourceDocument, pack
-from lfm.search.results import SearchResult
+from lfm.search.results import SearchQuery, SearchResult
 from lfm.search.sources import CITE_INSTRUCTION, Source, render
 from lfm.server.search_service import SearchService
 from lfm.server.server_tools import ContextSize, SearchTool
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MAX_RESULTS: dict[ContextSize, int] = {"low": 4, "medium": 6, "high": 10}
 NUM_PAGES: dict[ContextSize, int] = {"low": 0, "medium": 3, "high": 5}  # of the best results, read as a whole
-_MAX_PAGE_CHARS = 100_000
+_MAX_PAGE_CHARS = 60_000
 _MIN_TOKENS = 200  # with less room no source is worth reading
 _NO_ROOM = "There is no room left for search results. Answer with what you have."
 NO_MORE = "No more searches are allowed. Answer with what you have."
@@ -104,7 +104,7 @@ async def run_search(
     num_pages = 0 if answer.provider == "local" else NUM_PAGES[tool.size]
     read = await asyncio.gather(
         *(
-            _read(result, service=service, is_page=index < num_pages, request_id=request_id)
+            _read(result, query, service=service, is_page=index < num_pages, request_id=request_id)
             for index, result in enumerate(answer.results)
         )
     )
@@ -119,7 +119,7 @@ async def run_search(
 
 
 async def _read(
-    result: SearchResult, *, service: SearchService, is_page: bool, request_id: str
+    result: SearchResult, query: SearchQuery, *, service: SearchService, is_page: bool, request_id: str
 ) -> tuple[SourceDocument, Read]:
     """The text of a result: its page, or what the provider says of it where the page cannot be had."""
     if is_page:
@@ -133,17 +133,18 @@ async def _read(
                 "request_id=%s url=%s sha256=%s bytes=%d hops=%s",
                 *(request_id, page.url, page.sha256, page.num_bytes, hops),
             )
-            text = page.text if len(page.text) >= len(result.snippet) else result.snippet
-            document = SourceDocument(text=text[:_MAX_PAGE_CHARS], title=page.title or result.title, url=page.url)
-            trace = Read(
-                url=page.url,
-                title=document.title,
-                sha256=page.sha256,
-                num_bytes=page.num_bytes,
-                is_page=True,
-                date=result.date,
-            )
-            return document, trace
+            # Some pages are filled by scripts only, and some redirect to where the caller does not want to read.
+            if len(page.text) >= len(result.snippet) and query.allows(page.url):
+                title = page.title or result.title
+                trace = Read(
+                    url=page.url,
+                    title=title,
+                    sha256=page.sha256,
+                    num_bytes=page.num_bytes,
+                    is_page=True,
+                    date=result.date,
+                )
+                return SourceDocument(text=page.text[:_MAX_PAGE_CHARS], title=title, url=page.url), trace
     data = result.snippet.encode("utf-8", "replace")
     digest = hashlib.sha256(data).hexdigest()
     logger.info(

@@ -1,5 +1,6 @@
 """Everything that searches for one API process: providers, the local index, page fetch. Opened when first used."""
 
+import asyncio
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from lfm.search.addresses import AllowList
 from lfm.search.chain import SearchAnswer, SearchChain
 from lfm.search.config import SearchConfig
 from lfm.search.embeddings import EmbeddingClient
+from lfm.search.errors import FetchError
 from lfm.search.extraction import Extractor
 from lfm.search.fetch import FetchLimits, Page, PageFetcher
 from lfm.search.local_index import STORE_FILE, Hit, LocalIndex
@@ -36,13 +38,17 @@ class SearchService:
         return await chain.search(query, deadline_s=self.config.search_seconds, tenant=tenant)
 
     async def fetch(self, url: str) -> Page:
-        """One page as text. Raises FetchError."""
+        """One page as text, within `page_seconds` all in all. Raises FetchError."""
         if self._fetcher is None:
-            self._extractor = Extractor()
+            self._extractor = Extractor(timeout_s=self.config.page_seconds)
             limits = FetchLimits(timeout_s=self.config.page_seconds)
             allow = AllowList.parse(self.config.fetch_allow)
             self._fetcher = PageFetcher(self._extractor, allow=allow, limits=limits)
-        return await self._fetcher.fetch(url)
+        try:
+            async with asyncio.timeout(self.config.page_seconds):
+                return await self._fetcher.fetch(url)
+        except TimeoutError:
+            raise FetchError("timeout", f"The page took longer than {self.config.page_seconds:g} s.") from None
 
     async def aclose(self) -> None:
         """Close what was opened. Idempotent."""

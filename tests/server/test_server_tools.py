@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 
 from lfm.protocol import EngineRequest
 from lfm.search.config import SearchConfig
+from lfm.search.extraction import Extractor
 from lfm.search.sources import CITE_INSTRUCTION
+from lfm.server import search_service as search_service_module
+from lfm.server.answer_models import ChatAnswer, MessageAnswer, ResponseAnswer
 from lfm.server.search_service import SearchService
 from lfm.service.responses_store import ResponsesStore
 from tests.search.indexes import search_service
@@ -331,6 +335,21 @@ def test_pages_of_the_best_results_are_read_and_traced(web: Web, caplog: pytest.
     asyncio.run(service.aclose())
 
 
+def test_a_page_that_redirects_to_an_unwanted_domain_is_not_shown(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def resolve(host: str, port: int) -> Sequence[str]:
+        return ["127.0.0.1"]
+
+    monkeypatch.setattr("lfm.search.fetch._resolve", resolve)
+    elsewhere = f"http://unwanted.example:{web.port}/there"
+    web.answers["/page"] = Answer(status=302, headers={"Location": elsewhere})
+    web.answers["/there"] = Answer(body=b"Text of a place that nobody asked for.", content_type="text/plain")
+    hosts = (f"wanted.example:{web.port}", f"unwanted.example:{web.port}")
+    result = {"url": f"http://wanted.example:{web.port}/page", "title": "T", "content": "Snippet."}
+    text = told(searxng(web, [result], fetch_allow=hosts), filters={"allowed_domains": ["wanted.example"]})
+    assert "Snippet." in text
+    assert "nobody asked for" not in text
+
+
 def test_with_little_context_asked_for_no_page_is_read(web: Web) -> None:
     service = searxng(web, [page_of(web, "/page")])
     assert "What the provider says." in told(service, search_context_size="low")
@@ -375,6 +394,27 @@ def test_a_page_that_cannot_be_had_leaves_what_the_provider_says(web: Web, answe
     text = told(service)
     assert "What the provider says." in text
     assert "secret" not in text
+    asyncio.run(service.aclose())
+
+
+def test_a_pdf_that_crashes_its_parser_costs_a_process(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    crashing = (sys.executable, "-c", "import os; os.abort()")
+    monkeypatch.setattr(search_service_module, "Extractor", lambda timeout_s: Extractor(command=crashing))
+    web.answers["/page"] = Answer(body=b"%PDF-1.4\n", content_type="application/pdf")
+    web.answers["/plain"] = Answer(body=b"A plain page that says a little more.", content_type="text/plain")
+    service = searxng(web, [page_of(web, "/page"), page_of(web, "/plain")])
+    text = told(service)
+    assert "What the provider says." in text
+    assert "A plain page that says" in text
+    asyncio.run(service.aclose())
+
+
+def test_a_page_that_is_slow_to_parse_is_left_after_its_time(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeping = (sys.executable, "-c", "import time; time.sleep(60)")
+    monkeypatch.setattr(search_service_module, "Extractor", lambda timeout_s: Extractor(timeout_s=5, command=sleeping))
+    web.answers["/page"] = Answer(body=b"<html><p>Hello", content_type="text/html")
+    service = searxng(web, [page_of(web, "/page")], page_seconds=0.3)
+    assert "What the provider says." in told(service)
     asyncio.run(service.aclose())
 
 
@@ -469,6 +509,33 @@ def test_a_long_search_keeps_the_stream_alive(web: Web) -> None:
     response = client.chat(web_search_options={}, stream=True)
     assert response.text.count(": keep-alive\n\n") >= 2
     assert events_of(response)
+
+
+@pytest.mark.parametrize("provider", ["local", "none"])
+@pytest.mark.parametrize(
+    ("path", "model", "fields"),
+    [
+        (CHAT_PATH, ChatAnswer, {"web_search_options": {}}),
+        (
+            "/v1/responses",
+            ResponseAnswer,
+            {"tools": [{"type": "web_search"}], "store": False, "include": ["web_search_call.action.sources"]},
+        ),
+        (
+            "/v1/messages",
+            MessageAnswer,
+            {"tools": [{"type": "web_search_20250305", "name": "web_search"}], "max_tokens": 500},
+        ),
+    ],
+    ids=["chat", "responses", "messages"],
+)
+def test_answers_are_as_the_openapi_document_says(
+    service: SearchService, path: str, model: Any, fields: dict[str, Any], provider: str
+) -> None:
+    client = client_of(service if provider == "local" else SearchService())
+    prompt = {"input": "Hi"} if path == "/v1/responses" else {"messages": [{"role": "user", "content": "Hi"}]}
+    response = client.post(path, {"model": MODEL, **prompt, **fields})
+    model.model_validate_json(response.content, strict=True, extra="forbid")
 
 
 # Responses

@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
@@ -16,6 +18,7 @@ from lfm.search.results import SearchQuery, SearchResult
 
 logger = logging.getLogger(__name__)
 
+_MAX_AT_ONCE = 4
 _MAX_TITLE_CHARS, _MAX_SNIPPET_CHARS, _MAX_LOCATION_CHARS = 300, 4_000, 200
 
 
@@ -39,10 +42,13 @@ class Local:
     def __init__(self, index: Searchable, *, shows_paths: bool = True) -> None:
         self._index = index
         self._shows_paths = shows_paths
+        # The first search may build the index, and the others wait for it: not in threads that others need.
+        self._threads = ThreadPoolExecutor(_MAX_AT_ONCE, thread_name_prefix="lfm-index")
 
     async def search(self, query: SearchQuery) -> list[SearchResult]:
         try:
-            hits = await asyncio.to_thread(self._index.search, query.text, limit=query.max_results)
+            search = partial(self._index.search, query.text, limit=query.max_results)
+            hits = await asyncio.get_running_loop().run_in_executor(self._threads, search)
         except LfmError as error:
             logger.warning("the local index cannot be searched: %s", error)
             cause = f" {error}" if self._shows_paths else " The log of the server says why."
@@ -50,7 +56,8 @@ class Local:
         return [self._result(hit) for hit in hits]
 
     async def aclose(self) -> None:
-        """Nothing: the index is the caller's."""
+        """Wait for searches that run. The index is the caller's."""
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
     def _result(self, hit: Hit) -> SearchResult:
         return SearchResult(

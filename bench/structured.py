@@ -326,6 +326,7 @@ def measure_decode(*, runs: int) -> Iterator[Result]:
                     "sampling": name,
                     "forced": way,
                     "requests": NUM_SCHEMAS,
+                    "vocabulary": llm.source.config.vocab_size,
                     "tokens_per_s": round(NUM_SCHEMAS * DECODE_TOKENS / statistics.median(one.wall_s for one in found)),
                     "steps": found[0].num_steps,
                     "us_per_step": round(statistics.median(one.step_us for one in found)),
@@ -391,7 +392,7 @@ def main() -> None:
     for results in (measures[name] for name in options.only or measures):
         for result in results:
             print("  ".join(f"{name} {value}" for name, value in result.items()), flush=True)
-            lines.append(json.dumps({**result, "runs": options.runs, **where}) + "\n")
+            lines.append(json.dumps({"runs": options.runs, **where, **result}) + "\n")
     if options.output is not None:
         options.output.write_text("".join(lines), encoding="utf-8")
 

@@ -34,8 +34,8 @@ from lfm.model.weights import load_weights
 from lfm.protocol import EngineInfo
 
 # Forced ids from which on a chunk is worth it. With overlap the first of them is sampled anyway, in the step whose
-# forward is launched already, and a chunk of one would save nothing.
-MIN_CHUNK, MIN_CHUNK_OVERLAPPED = 1, 2
+# forward is launched already, and a chunk of one would save nothing. On a CPU 2 to 4 cost least (bench/structured.py).
+MIN_CHUNK = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -119,7 +119,7 @@ def assemble_engine(
     if is_fast and ops.is_capturable and _has_kernels(runner):
         runner.enable_graphs()
     overlap = is_fast if overlap is None else overlap
-    grammars = Grammars(make_table, rows, scheduler, min_chunk=MIN_CHUNK_OVERLAPPED if overlap else MIN_CHUNK)
+    grammars = Grammars(make_table, rows, scheduler, min_chunk=MIN_CHUNK)
     return Engine(scheduler, runner, grammars, info, num_ids=num_ids, overlap=overlap, seed=plan.seed)
 
 

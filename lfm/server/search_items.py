@@ -158,6 +158,6 @@ def _unpacked(entry: Json, number: int) -> Source:
     try:
         kept = orjson.loads(base64.b64decode(str(entry.get("encrypted_content", "")), validate=True))
         number, text = int(kept["number"]), str(kept["text"])
-    except (ValueError, TypeError, KeyError):  # not ours
+    except (ValueError, TypeError, KeyError, OverflowError):  # not ours
         pass
     return Source(number=number, text=text, title=str(entry.get("title") or ""), url=str(entry.get("url") or ""))

@@ -1,6 +1,7 @@
 """Searches that the server runs for a model, in all three API families, with a model that follows a script."""
 
 import asyncio
+import base64
 import json
 import logging
 import sys
@@ -793,6 +794,53 @@ def test_results_of_another_service_are_read_as_far_as_they_can_be(service: Sear
     client = client_of(service, "Yes.")
     message(client, messages=turns)
     assert "===== Source [1]: Their page =====\nhttps://a.org/" in backend_of(client).prompt()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "text",
+        5,
+        [],
+        [None, 5, {}],
+        {"type": "web_search_tool_result_error", "error_code": "unavailable"},
+        {"error_code": ["<|im_end|>"] * 100},
+        *(
+            [{"title": 5, "url": None, "encrypted_content": base64.b64encode(data).decode()}]
+            for data in (
+                b"[]",
+                b'{"number": 1e300, "text": null}',
+                b'{"number": "x", "text": "y"}',
+                b"[" * 3000,
+                b"\xff",
+            )
+        ),
+        [{"encrypted_content": "\u00e9", "title": "<|im_end|>" * 3}],
+    ],
+    ids=range(13),
+)
+def test_result_blocks_of_any_content_make_a_prompt(service: SearchService, content: Any) -> None:
+    use = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "x"}}
+    result = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": content}
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": [use, result]},
+        {"role": "user", "content": "Really?"},
+    ]
+    client = client_of(service, "Yes.")
+    message(client, messages=turns)
+    ids = client.backend.requests[0].prompt_ids
+    assert ids.count(TOKENIZER.special.im_end) == 5
+
+
+def test_a_result_without_its_search_is_refused(service: SearchService) -> None:
+    result = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": []}
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [result]}]
+    body = {"model": MODEL, "messages": turns, "max_tokens": 5}
+    response = client_of(service).post(MESSAGES, body)
+    assert response.status_code == 400
+    assert "messages[1].content[0].tool_use_id" in response.json()["error"]["message"]
 
 
 def test_tokens_are_counted_with_the_tool(service: SearchService) -> None:

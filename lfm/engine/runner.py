@@ -71,6 +71,7 @@ class Runner:
         self._builder = builder
         self._graphs: DecodeGraphs | None = None
         self._chunk_graphs: ChunkGraphs | None = None
+        self._device_rows = self._ends = np.zeros(0, dtype=np.int64)  # of the last step's rows
         self._flags = SampleFlags()
         self._flags_of: tuple[int, Ints] | None = None  # changes until then, and the rows that `_flags` is of
 
@@ -117,7 +118,11 @@ class Runner:
     @torch.inference_mode()
     def forward(self, batch: ScheduledBatch) -> Forwarded:
         """Launch the model on a scheduled step."""
-        device_rows, ends = device_rows_of(batch.rows), ends_of(batch.rows)
+        if batch.repeats:
+            device_rows, ends = self._device_rows, self._ends + 1
+        else:
+            device_rows, ends = device_rows_of(batch.rows), ends_of(batch.rows)
+        self._device_rows, self._ends = device_rows, ends
         self._builder.tables.extend(batch, device_rows, ends)
         if batch.started:
             self.rows.start_many([row_start(sequence) for sequence in batch.started])
@@ -183,9 +188,9 @@ class Runner:
 
     def _flags_of_rows(self, forwarded: Forwarded) -> SampleFlags:
         """The flags of the rows that sample; those of the last step where they are the same sequences."""
-        rows = forwarded.batch.rows
-        device_rows = np.array([rows[index].sequence.row for index in forwarded.sampled_S])
-        known = self._flags_of
+        device_rows, known = self._device_rows, self._flags_of
+        if len(forwarded.sampled_S) < len(device_rows):
+            device_rows = device_rows[list(forwarded.sampled_S)]
         if known is None or known[0] != self.rows.num_changes or not np.array_equal(known[1], device_rows):
             self._flags = self.rows.flags(device_rows.tolist())
             self._flags_of = self.rows.num_changes, device_rows

@@ -52,6 +52,8 @@ class Scheduler:
         self.num_waiting_tokens = 0
         self._waiting: list[Sequence] = []  # sorted by key
         self._running: list[Sequence] = []  # sorted by key
+        self._num_changes = 0  # of `_running`
+        self._singles_since = -1  # the number of changes when all of them computed one token in the last step
         self._leaving: dict[str, Sequence] = {}  # preempted or finished, named by a launched step
         self._by_id: dict[str, Sequence] = {}  # every sequence without a terminal event
         self._computing: dict[bytes | None, Sequence] = {}  # full prompt blocks on their way, by hash
@@ -127,6 +129,7 @@ class Scheduler:
         """Take a sequence out of the running ones; what it owns is released now, or after the last step naming it."""
         if sequence.status is Status.RUNNING:
             del self._running[_index_of(sequence, self._running)]
+            self._num_changes += 1
             self._stop_leading(sequence)
         sequence.status = status
         sequence.quiet_end = 0
@@ -173,7 +176,12 @@ class Scheduler:
             size = self._grow(budget.long, min(budget.long.num_remaining, budget.left + budget.reserve), 0)
             if size:
                 self._launch(batch, budget.long, size)
-        return batch if batch.rows else None
+        if not batch.rows:
+            return None
+        are_single = batch.num_single == len(batch.rows) == len(self._running)
+        batch.repeats = are_single and self._singles_since == self._num_changes
+        self._singles_since = self._num_changes if are_single else -1
+        return batch
 
     def _schedule_single_tokens(self, batch: ScheduledBatch, budget: StepBudget) -> None:
         """Running sequences that need one position, with a new block where the last is full. Each of them samples.
@@ -328,6 +336,7 @@ class Scheduler:
         for block_hash in sequence.block_hashes[len(hits) :]:
             self._computing.setdefault(block_hash, sequence)
         insort(self._running, sequence, key=_key)
+        self._num_changes += 1
         batch.started.append(sequence)
 
     def _launch(self, batch: ScheduledBatch, sequence: Sequence, chunk: int) -> None:

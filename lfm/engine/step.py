@@ -28,6 +28,7 @@ class ScheduledBatch:
     rows: list[ScheduledRow]
     started: list[Sequence]
     num_single: int = 0
+    repeats: bool = False  # the same sequences as in the step before, in order, each one token on
     known_ids: list[tuple[int, int]] = field(default_factory=list)
 
     @property

@@ -109,6 +109,8 @@ class Harness:
         self.in_flight: list[ScheduledBatch] = []
         self.answers: list[StepResult] = []
         self.requests: dict[str, Expected] = {}
+        self.last_ends: list[tuple[str, int, int]] = []
+        self.num_repeats = 0
 
     def add(self, prompt: list[int], max_tokens: int, *, tenant: str = "", priority: int = 0) -> str:
         request_id = f"r{len(self.requests)}"
@@ -142,6 +144,11 @@ class Harness:
         assert all(size > 0 for size in sizes)
         assert sum(sizes) <= self.scheduler._step_tokens
         assert len({row.sequence.row for row in batch.rows}) == len(batch.rows)
+        ends = [(row.sequence.id, row.sequence.row, row.end) for row in batch.rows]
+        if batch.repeats:
+            assert ends == [(request_id, row, end + 1) for request_id, row, end in self.last_ends]
+            self.num_repeats += 1
+        self.last_ends = ends
 
     def receive(self, event: TokenEvent) -> None:
         expected = self.requests[event.request_id]
@@ -399,6 +406,13 @@ class TestNamedCases:
         assert harness.scheduler.counters.corrupted_requests == 1
         del harness.requests[broken_id]
         harness.finish()
+
+    def test_steps_of_the_same_sequences_are_told_to_repeat(self, overlap: bool) -> None:
+        harness = self.make(overlap, num_blocks=40, max_running=8, step_tokens=16)
+        for prompt in long_prompts()[:3]:
+            harness.add(prompt, 16)
+        harness.finish()
+        assert harness.num_repeats >= 10
 
     def test_a_long_queue_gets_long_steps_and_a_short_one_leaves_those_who_decode_alone(self, overlap: bool) -> None:
         harness = self.make(overlap, num_blocks=200, block_size=4, step_tokens=64, max_running=32)

@@ -10,6 +10,7 @@ Legend: T tokens, D hidden, K inputs, N outputs, I dense width.
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
+from torch.nn.functional import rms_norm as rms_norm_torch
 
 from lfm.kernels.fp8_gemm import fp8_product, fp8_project, has_fp8_product, quantise_tokens
 from lfm.kernels.stream_gemm import find_tile, stream_gate_up, stream_project
@@ -24,6 +25,8 @@ def widen(x: Tensor) -> Tensor:
 
 def rms_norm_ref(x_TD: Tensor, norm: Norm) -> Tensor:
     """RMSNorm over the last axis; rounds to x's dtype before the weight, as the checkpoint was trained."""
+    if x_TD.dtype == torch.float32 and x_TD.device.type == "cpu" and not torch.is_grad_enabled():
+        return rms_norm_torch(x_TD, (x_TD.shape[-1],), norm.weight, norm.eps)  # the same bits, without five calls
     wide = widen(x_TD)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
     return wide.to(x_TD.dtype) * norm.weight

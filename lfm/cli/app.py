@@ -14,6 +14,7 @@ import typer
 from lfm import __version__
 from lfm.cli.bench_offline import offline
 from lfm.cli.bench_serve import serve as bench_serve
+from lfm.cli.bench_startup import startup as bench_startup
 from lfm.cli.chat import chat
 from lfm.cli.evaluate import evaluate
 from lfm.cli.generate import generate
@@ -37,11 +38,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(help="Measure speed: in process (offline) or over HTTP (serve).", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure speed: in process (offline), over HTTP (serve), from cold (startup).", no_args_is_help=True
+)
 for verb in (serve, generate, chat, info):
     app.command(epilog=_EPILOG)(verb)
 bench.command("offline", epilog=_EPILOG)(offline)
 bench.command("serve", epilog=_EPILOG)(bench_serve)
+bench.command("startup", epilog=_EPILOG)(bench_startup)
 app.add_typer(bench, name="bench")
 app.add_typer(index, name="index")
 app.add_typer(train, name="train")

@@ -12,8 +12,8 @@ from lfm.chat.messages import Message, ToolCall
 from lfm.errors import RequestError
 from lfm.server.input_models import SystemText, Turns
 from lfm.server.output_fields import OutputFields
+from lfm.server.past_searches import past_results
 from lfm.server.schemas import FormatField, SamplingRequest, ToolFormatField, keep, shown
-from lfm.server.search_items import past_results
 from lfm.server.search_models import MessagesWebSearch
 from lfm.server.server_tools import SearchTool, take_tools
 from lfm.server.tool_models import MessagesTool, MessagesToolChoice

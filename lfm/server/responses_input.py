@@ -16,6 +16,7 @@ from lfm.chat.messages import Message, ToolCall
 from lfm.errors import RequestError
 from lfm.server.input_models import ResponsesInput
 from lfm.server.output_fields import OutputFields
+from lfm.server.past_searches import past_sources
 from lfm.server.schemas import (
     FormatField,
     SamplingRequest,
@@ -37,7 +38,7 @@ MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
 LOGPROBS = "message.output_text.logprobs"  # the one thing that `include` can add to our answers
 ID_PREFIX = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_"}
-SEARCHES = ("web_search_call", "file_search_call")  # of earlier responses: kept in lists, not shown to the model
+SEARCHES = ("web_search_call", "file_search_call")  # of earlier responses: the model sees them if they hold results
 ROLES = ("user", "assistant", "system", "developer")
 PART_TYPES = ("input_text", "output_text", "text")
 
@@ -89,7 +90,7 @@ def to_messages(items: Sequence[Item]) -> list[Message]:
     """The items as turns. Raises RequestError for a result without its call and for arguments that are no JSON."""
     messages: list[Message] = []
     turns = ToolTurns()
-    items = [item for item in items if item.value["type"] not in SEARCHES]
+    items = [item for item in items if item.value["type"] not in SEARCHES or item.value.get("results")]
     for are_results, group in groupby(items, key=lambda item: item.value["type"] == "function_call_output"):
         if are_results:
             messages += turns.in_call_order([_result_turn(item, turns) for item in group])
@@ -102,6 +103,9 @@ def to_messages(items: Sequence[Item]) -> list[Message]:
 def _add_turn(messages: list[Message], item: Item, turns: ToolTurns) -> None:
     """Text and calls of the assistant that follow each other are one turn, as the model wrote them."""
     last = messages[-1] if messages and messages[-1].role == "assistant" else None
+    if item.value["type"] in SEARCHES:
+        _add_search(messages, item, last)
+        return
     if item.value["type"] == "function_call":
         call = _call(item, turns)
         if last is None:
@@ -114,6 +118,22 @@ def _add_turn(messages: list[Message], item: Item, turns: ToolTurns) -> None:
         messages[-1] = replace(last, content=text)
     else:
         messages.append(Message(role=role, content=text))
+
+
+def _add_search(messages: list[Message], item: Item, last: Message | None) -> None:
+    """A search and what it found, as the model saw them; in front of calls whose results are still to come."""
+    action, queries = item.value.get("action"), item.value.get("queries")
+    if isinstance(action, dict):
+        query = str(action.get("query", ""))
+    else:
+        query = str(queries[0]) if isinstance(queries, list) and queries else ""
+    call = ToolCall(name=str(item.value["type"]).removesuffix("_call"), arguments={"query": query})
+    found = Message(role="tool", content=past_sources(item.value["results"]))
+    if last is not None and not last.tool_calls:
+        messages[-1:] = [replace(last, tool_calls=(call,)), found]
+    else:
+        at = len(messages) if last is None else len(messages) - 1
+        messages[at:at] = [Message(role="assistant", tool_calls=(call,)), found]
 
 
 def _call(item: Item, turns: ToolTurns) -> ToolCall:
@@ -180,12 +200,15 @@ def _read_result(raw: Json, where: str) -> Json:
 def _read_search(raw: Json, where: str) -> Json:
     """A search as it was shown. Of its fields only those are kept that an answer of ours has."""
     item_id = optional_text(raw.get("id"), f"{where}.id") or uuid.uuid4().hex
+    results = typed(raw.get("results") or [], list, f"{where}.results")
+    kept: Json = {"results": [typed(result, dict, f"{where}.results[]") for result in results] or None}
     if raw["type"] == "web_search_call":
         action = raw.get("action")
         action = {"type": "search", "query": ""} if action is None else typed(action, dict, f"{where}.action")
-        return {"id": item_id, "type": "web_search_call", "status": "completed", "action": action}
+        kept = kept if results else {}
+        return {"id": item_id, "type": "web_search_call", "status": "completed", "action": action, **kept}
     queries = typed(raw.get("queries") or [], list, f"{where}.queries")
-    return {"id": item_id, "type": "file_search_call", "status": "completed", "queries": queries, "results": None}
+    return {"id": item_id, "type": "file_search_call", "status": "completed", "queries": queries, **kept}
 
 
 def _read_texts(value: object, where: str) -> list[str]:

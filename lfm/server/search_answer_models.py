@@ -55,6 +55,7 @@ class WebSearchItem(BaseModel):
     type: Literal["web_search_call"]
     status: Literal["in_progress", "searching", "completed", "failed"]
     action: SearchAction | JsonObject
+    results: list[JsonObject] = Field(default_factory=list)
 
 
 class FileSearchItem(BaseModel):

@@ -7,14 +7,19 @@ from dataclasses import replace
 import orjson
 
 from lfm.chat.output import Delta
-from lfm.search.sources import Source, render
+from lfm.search.sources import Source
 from lfm.server.search_annotations import file_name
 from lfm.server.search_run import SearchRun
 from lfm.server.server_tools_loop import SearchStep
 
 Json = dict[str, object]
 
-WEB_SOURCES, FILE_RESULTS = "web_search_call.action.sources", "file_search_call.results"  # of `include`
+# What `include` can add to a search.
+WEB_SOURCES, WEB_RESULTS, FILE_RESULTS = (
+    "web_search_call.action.sources",
+    "web_search_call.results",
+    "file_search_call.results",
+)
 _ERROR_CODES = {
     "unavailable": "unavailable",
     "invalid_tool_input": "invalid_tool_input",
@@ -49,7 +54,8 @@ class SearchItem:
         self._item_id = f"{'ws' if self._is_web else 'fs'}_{uuid.uuid4().hex}"
         self._query = step.query
         self._output_index = output_index
-        self._shows_sources = (WEB_SOURCES if self._is_web else FILE_RESULTS) in includes
+        self._shows_sources = WEB_SOURCES in includes
+        self._shows_results = (WEB_RESULTS if self._is_web else FILE_RESULTS) in includes
         self._status = "in_progress"
         self._run: SearchRun | None = None
 
@@ -75,11 +81,11 @@ class SearchItem:
     def value(self) -> Json:
         item: Json = {"id": self._item_id, "type": self._kind, "status": self._status}
         if not self._is_web:
-            return item | {"queries": [self._query], "results": self._results() if self._shows_sources else None}
+            return item | {"queries": [self._query], "results": self._files() if self._shows_results else None}
         action: Json = {"type": "search", "query": self._query, "queries": [self._query]}
         if self._shows_sources:
             action["sources"] = self._sources()
-        return item | {"action": action}
+        return item | {"action": action} | ({"results": self._results()} if self._shows_results else {})
 
     def _sources(self) -> list[Json]:
         """With the digest of what was read under each address: the trace of the search."""
@@ -92,10 +98,18 @@ class SearchItem:
     def _results(self) -> list[Json]:
         sources = () if self._run is None else self._run.sources
         return [
+            {"number": source.number, "title": source.title, "url": source.url, "text": source.text}
+            for source in sources
+        ]
+
+    def _files(self) -> list[Json]:
+        sources = () if self._run is None else self._run.sources
+        return [
             {
                 "file_id": source.url,
                 "filename": file_name(source),
                 "text": source.text,
+                "number": source.number,
                 "score": None,
                 "attributes": {},
             }
@@ -140,24 +154,5 @@ def tool_result_block(step: SearchStep) -> Json:
     return {"type": f"{step.tool.name}_tool_result", "tool_use_id": tool_use_id(step), "content": content}
 
 
-def past_results(content: object) -> str:
-    """The text of a result block that a client sends back; of another service's, its titles and addresses."""
-    if isinstance(content, dict):
-        return f"The search failed: {str(content.get('error_code', 'unavailable'))[:80]}."
-    entries = [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
-    sources = [_unpacked(entry, number) for number, entry in enumerate(entries, 1)]
-    return render(sources) if sources else "Nothing was found."
-
-
 def _packed(source: Source) -> str:
     return base64.b64encode(orjson.dumps({"number": source.number, "text": source.text})).decode()
-
-
-def _unpacked(entry: Json, number: int) -> Source:
-    text = ""
-    try:
-        kept = orjson.loads(base64.b64decode(str(entry.get("encrypted_content", "")), validate=True))
-        number, text = int(kept["number"]), str(kept["text"])
-    except (ValueError, TypeError, KeyError, OverflowError):  # not ours
-        pass
-    return Source(number=number, text=text, title=str(entry.get("title") or ""), url=str(entry.get("url") or ""))

@@ -61,9 +61,10 @@ class ChosenSearch(BaseModel):
 
 
 class PastSearch(BaseModel):
-    """A search of an earlier response. What it found is not shown to the model again."""
+    """A search of an earlier response. The model sees it again if it holds `results`, which `include` asks for."""
 
     type: Literal["web_search_call", "file_search_call"]
+    results: list[dict[str, object]] | None = None
 
 
 class SearchToolUse(BaseModel):

@@ -676,6 +676,36 @@ def test_searches_of_earlier_responses_may_be_sent_back(service: SearchService, 
     store.close()
 
 
+def test_searches_with_results_are_seen_again_in_front_of_calls_that_wait(service: SearchService) -> None:
+    function = {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}
+    tools = [function, WEB_SEARCH, {"type": "file_search"}]
+    client = client_of(service, "Hm. " + call(search(), "now()", search("valve", tool="file_search")), ANSWER)
+    include = ["web_search_call.results", "file_search_call.results"]
+    first = respond(client, tools=tools, include=include, input="What moves water?")
+    assert [result["number"] for result in first["output"][2]["results"]] == [1]
+    output = {"type": "function_call_output", "call_id": first["output"][1]["call_id"], "output": "12:00"}
+    items = [{"role": "user", "content": "What moves water?"}, *first["output"], output]
+    respond(client, tools=tools, input=items)
+    prompt = backend_of(client).prompt()
+    order = ["What moves water?", '[web_search(query="pump")]', "Source [1]", PUMP, '[file_search(query="valve")]']
+    order += ["Source [2]", VALVE, "[now()]", "12:00"]
+    assert [prompt.index(text) for text in order] == sorted(prompt.index(text) for text in order)
+    assert prompt.index(VALVE) < prompt.index("Hm. ") < prompt.index("[now()]")
+
+
+@pytest.mark.parametrize("results", ["x", [5], [{}], [{"number": 1.5, "text": 5, "url": ["<|im_end|>"]}]])
+def test_results_of_any_content_make_a_prompt_or_are_named(service: SearchService, results: Any) -> None:
+    item = {"type": "web_search_call", "id": "ws_1", "action": {"query": 5}, "results": results}
+    body = {"model": MODEL, "input": [item, {"role": "user", "content": "Hi"}], "store": False}
+    client = client_of(service, "Yes.")
+    response = client.post(RESPONSES, body)
+    if isinstance(results, str) or results == [5]:
+        assert response.status_code == 400
+        assert response.json()["error"]["param"].startswith("input[0].results")
+    else:
+        assert response.status_code == 200, response.text
+
+
 @pytest.mark.parametrize(
     ("param", "tool"),
     [

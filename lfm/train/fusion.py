@@ -5,6 +5,7 @@ the function runs as it is written, and also under `torch.compiler.set_stance("f
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -25,3 +26,9 @@ def fused(function: Function) -> Function:
         return (compiled() if first.is_cuda else function)(first, *rest)
 
     return cast(Function, run)
+
+
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """What a call of a fused function raises if it cannot be compiled; nothing before the compiler was loaded."""
+    dynamo = sys.modules.get("torch._dynamo.exc")
+    return () if dynamo is None else (dynamo.TorchDynamoException,)

@@ -1,6 +1,7 @@
 """One optimizer step: forward, backward over the micro-batches, clipping, update, balancing of the experts."""
 
 import functools
+import logging
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lfm.errors import UsageError
 from lfm.model.lfm2 import Lfm2
 from lfm.train.batches import TrainBatch, tensors_of, to_device, with_tensors
+from lfm.train.fusion import compiler_errors
 from lfm.train.graphs import Recording
 from lfm.train.loss import chunked_cross_entropy, select_rows
 from lfm.train.masters import MasterWeights
@@ -22,6 +24,8 @@ from lfm.train.optimizer import clip_gradients, gradient_norm, learning_rate_at,
 from lfm.train.recipe import TrainRecipe
 from lfm.train.routing import RouteRecorder, balance_experts, load_entropy
 from lfm.train.steps import StepData
+
+_log = logging.getLogger(__name__)
 
 
 class NonFiniteError(UsageError):
@@ -67,9 +71,13 @@ class Learner:
 
     def _step(self, data: StepData, step: int) -> StepResult:
         recipe, masters = self._recipe, self.masters.tensors.values()
-        self.masters.clear_gradients()
-        self._recorder.reset_load()
-        loss, router_z, norm, load_ME = self._gradients(data)
+        try:
+            loss, router_z, norm, load_ME = self._gradients(data)
+        except compiler_errors() as error:
+            # Some version of the compiler fails on some shape; the weights are still those of before the step.
+            _log.warning("torch.compile failed (%s); training goes on without it, more slowly", error)
+            torch.compiler.set_stance("force_eager")
+            loss, router_z, norm, load_ME = self._gradients(data)
         if not (math.isfinite(loss) and math.isfinite(router_z) and math.isfinite(norm)):
             raise NonFiniteError(f"Step {step + 1} has loss {loss} and gradient norm {norm}")
         clip_gradients(masters, norm=norm, max_norm=recipe.optimizer.clip_norm)
@@ -84,6 +92,8 @@ class Learner:
     def _gradients(self, data: StepData) -> tuple[float, float, float, Tensor]:
         """Add up the micro-batches' gradients. Returns the step's loss, router z-loss and the gradients' norm, and
         the load of the experts on the CPU. All of it comes by one synchronisation."""
+        self.masters.clear_gradients()
+        self._recorder.reset_load()
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for batch in data.batches:
             self._template = batch = to_device(batch, self._device)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lfm.config import EngineConfig
@@ -100,6 +101,25 @@ def test_steps_beyond_the_newest_checkpoint_are_done_again_with_the_same_result(
     again = run(raw)
     assert files_in(again.checkpoint)["model.safetensors"] == expected
     assert [m.loss for m in read_metrics(tmp_path / "run" / "metrics.jsonl")] == before
+
+
+def test_a_compiler_that_fails_costs_speed_and_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = recipe_dict(tmp_path) | {"schedule": {"steps": 2}}
+    expected = run({**raw, "run": {**raw["run"], "output": str(tmp_path / "other")}}).loss
+    original, stances = learner.chunked_cross_entropy, []
+    monkeypatch.setattr(torch.compiler, "set_stance", stances.append)
+
+    def failing(*arguments: Any, **settings: Any) -> Any:
+        if not stances:
+            raise TorchDynamoException("no such kernel")
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(learner, "chunked_cross_entropy", failing)
+    assert run(raw).loss == expected
+    assert stances == ["force_eager"]
+    assert "torch.compile failed (no such kernel)" in caplog.text
 
 
 def test_a_time_limit_saves_and_ends(tmp_path: Path) -> None:

@@ -54,10 +54,10 @@ async def main() -> None:
         assert isinstance(result.output, Place)
         responses = [message for message in result.all_messages() if isinstance(message, ModelResponse)]
         most = max(sum(isinstance(part, ToolCallPart) for part in response.parts) for response in responses)
-        if most > 1 and asked:
+        if most > 1 and asked and len(responses) > 1:
             break
     else:
-        raise AssertionError("no seed gave two calls of which one is the tool's")
+        raise AssertionError("no seed gave two calls at once, and a turn that heard their results")
     did(f"parallel calls: {most}; results returned over {len(responses)} turns; typed output by a tool")
 
     native = Agent(model(), output_type=NativeOutput(Place))

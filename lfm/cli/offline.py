@@ -139,7 +139,7 @@ def _measure(llm: LLM, workload: Workload, *, config: EngineConfig, num_runs: in
         spread=round((max(runs_s) - min(runs_s)) / median_s, 4),
         output_tokens_per_s=round(output_tokens / median_s, 1),
         total_tokens_per_s=round(timed_tokens / median_s, 1),
-        limit_share=_limit_share(llm, workload, seconds=median_s, gpu=facts.gpu, hit=hit),
+        limit_share=_limit_share(llm, workload, config, seconds=median_s, gpu=facts.gpu, hit=hit),
         experts_hit=None if hit is None else round(hit, 2),
         host_ms_per_step=round(statistics.median(llm.engine.host_ms), 4) if llm.engine.host_ms else None,
         cache_tokens=llm.engine.info.num_blocks * llm.engine.info.block_size,
@@ -211,12 +211,22 @@ def _mean_experts_hit(llm: LLM, requests: list[EngineRequest]) -> float | None:
     return statistics.fmean(counts) if counts else None
 
 
-def _limit_share(llm: LLM, workload: Workload, *, seconds: float, gpu: str | None, hit: float | None) -> float | None:
+def _limit_share(
+    llm: LLM, workload: Workload, config: EngineConfig, *, seconds: float, gpu: str | None, hit: float | None
+) -> float | None:
     """The share of the best possible speed; None for a device of unknown peak or a dtype that it does not hold for."""
     peak = PEAKS.get(gpu or "")
     if peak is None or llm.engine.info.dtype != "bfloat16":
         return None
-    return round(limit_seconds(llm.source.config, workload, peak, decode_experts_hit=hit) / seconds, 4)
+    limit_s = limit_seconds(
+        llm.source.config,
+        workload,
+        peak,
+        decode_experts_hit=hit,
+        quantize=config.quantize,
+        kv_dtype=config.kv_dtype,
+    )
+    return round(limit_s / seconds, 4)
 
 
 @contextlib.contextmanager

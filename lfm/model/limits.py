@@ -3,14 +3,16 @@
 A step costs the larger of bytes / bandwidth and operations / rate: weights once per step (of the experts, those that
 its tokens choose), the K/V of every decoding context, conv tails in and out, and two operations per weight and token.
 A workload is simulated step by step, with chunks of prompts beside decoding sequences, for several token budgets; the
-fastest counts. Nothing else costs time here: no launches, no host, no activations. Weights and cache are bfloat16.
+fastest counts. Nothing else costs time here: no launches, no host, no activations. Weights and cache are bfloat16, or
+fp8 where that is asked for: then a projection's or expert's weight is one byte (the router is so small that it is
+counted among them), and its operations run at the fp8 rate; head, attention and conv tails stay as they are.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from lfm.config import ModelConfig
+from lfm.config import KvDtype, ModelConfig, Quantize
 from lfm.model.sizes import conv_state_bytes, expert_parameters, kv_bytes_per_token, num_active_parameters
 
 _WEIGHT_BYTES = 2
@@ -19,14 +21,15 @@ _STEP_BUDGETS = (2048, 4096, 8192)
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """What a device can do at best: bytes per second of its memory, dense bfloat16 operations per second."""
+    """What a device can do at best: bytes per second of its memory, dense bfloat16 and fp8 operations per second."""
 
     bytes_per_s: float
     operations_per_s: float
+    fp8_operations_per_s: float
 
 
 # Measured with plain streams and matrix products, not taken from a data sheet.
-PEAKS = {"NVIDIA H200": Peak(4.3e12, 790e12)}
+PEAKS = {"NVIDIA H200": Peak(4.3e12, 790e12, 1500e12)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +82,37 @@ def experts_hit(config: ModelConfig, num_tokens: int) -> float:
 
 
 def limit_seconds(
-    config: ModelConfig, workload: Workload, peak: Peak, *, decode_experts_hit: float | None = None
+    config: ModelConfig,
+    workload: Workload,
+    peak: Peak,
+    *,
+    decode_experts_hit: float | None = None,
+    quantize: Quantize = "none",
+    kv_dtype: KvDtype = "auto",
 ) -> float:
     """The least seconds from submit to the last token.
 
     `decode_experts_hit` is the measured mean per layer and decode step; None: what uniform routing would choose.
     """
-    step = _Step(config, peak, decode_experts_hit)
+    step = _Step(config, peak, decode_experts_hit, quantize=quantize, kv_dtype=kv_dtype)
     return min(_simulate(workload, step, budget) for budget in _STEP_BUDGETS)
 
 
 class _Step:
     """The cost of one step of one model on one device."""
 
-    def __init__(self, config: ModelConfig, peak: Peak, decode_experts_hit: float | None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        peak: Peak,
+        decode_experts_hit: float | None,
+        *,
+        quantize: Quantize,
+        kv_dtype: KvDtype,
+    ) -> None:
+        is_fp8 = quantize == "fp8"
+        self._body_bytes = 1 if is_fp8 else _WEIGHT_BYTES
+        self._body_operations_per_s = peak.fp8_operations_per_s if is_fp8 else peak.operations_per_s
         self._config = config
         self._peak = peak
         self._decode_experts_hit = decode_experts_hit
@@ -100,7 +120,7 @@ class _Step:
         self._head = config.vocab_size * config.hidden_size
         self._body = num_active_parameters(config) - self._head
         self._shared = self._body - chosen  # read in every step, whatever the routing
-        self._kv_bytes = kv_bytes_per_token(config, "bfloat16")
+        self._kv_bytes = kv_bytes_per_token(config, "bfloat16", kv_dtype=kv_dtype)
         self._tail_bytes = conv_state_bytes(config, "bfloat16")
         self._attention_operations = 4 * config.num_attention_heads * config.head_dim * len(config.attention_layers)
 
@@ -115,11 +135,11 @@ class _Step:
             hit = self._decode_experts_hit
         weights = self._shared + hit * self._config.num_moe_layers * expert_parameters(self._config)
         read_context = contexts - max(0, rows - 1) * shared_tokens
-        num_bytes: float = (weights + (self._head if heads else 0)) * _WEIGHT_BYTES
+        num_bytes: float = weights * self._body_bytes + (self._head if heads else 0) * _WEIGHT_BYTES
         num_bytes += (read_context + tokens) * self._kv_bytes + rows * 2 * self._tail_bytes
-        operations: float = 2 * tokens * self._body + 2 * heads * self._head
-        operations += self._attention_operations * (contexts + chunk.context_sum)
-        return max(num_bytes / self._peak.bytes_per_s, operations / self._peak.operations_per_s)
+        others: float = 2 * heads * self._head + self._attention_operations * (contexts + chunk.context_sum)
+        seconds = 2 * tokens * self._body / self._body_operations_per_s + others / self._peak.operations_per_s
+        return max(num_bytes / self._peak.bytes_per_s, seconds)
 
 
 def _simulate(workload: Workload, step: _Step, budget: int) -> float:

@@ -1,7 +1,7 @@
 """Which weights become fp8, and the storage that they get: `--quantize fp8`.
 
-All projections and experts: 99.4 % of the 24B's parameters. Left alone: the router (which experts are chosen), norms, conv
-taps, embedding and output head, biases.
+All projections and experts: 99.4 % of the 24B's parameters. Left alone: the router (which experts are chosen), norms,
+conv taps, embedding and output head, biases.
 """
 
 import torch

@@ -55,7 +55,7 @@ class ChunkGraphs:
         self._model, self._cache, self._rows, self._builder, self._ops = model, cache, rows, builder, ops
         self._graphs: dict[Sizes, ChunkGraph] = {}
         self._wanted: dict[Sizes, None] = {}
-        self._memory_pool = torch.cuda.graph_pool_handle()
+        self._memory_pool = torch.cuda.graph_pool_handle() if rows.device.type == "cuda" else None
         self._is_broken = False
 
     @property
@@ -72,6 +72,20 @@ class ChunkGraphs:
         if graph is None:
             self._wanted[sizes] = None
         return graph
+
+    def want_next(self) -> bool:
+        """Ask for the smallest size without a graph, as a step would; False if there is none."""
+        possible = (self._sizes(tokens, rows) for tokens in TOKENS for rows in ROWS if self._can_occur(tokens, rows))
+        missing = next((sizes for sizes in possible if sizes not in self._graphs), None)
+        if missing is None or self._is_broken:
+            return False
+        self._wanted[missing] = None
+        return True
+
+    def _can_occur(self, tokens: int, rows: int) -> bool:
+        """Whether a step of so many tokens may need room for so many rows: it has fewer rows than tokens."""
+        fewest = (0, *ROWS)[ROWS.index(rows)] + 1
+        return fewest < tokens and fewest <= self._rows.num_rows
 
     def capture_wanted(self) -> bool:
         """Capture one graph that steps have asked for, if any. Called between steps; True if there was one.

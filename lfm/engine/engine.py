@@ -163,6 +163,10 @@ class Engine:
         ended = [self.scheduler.fail(sequence.id, error) for sequence, error in failures]
         return [event for event in ended if event is not None]
 
+    def prepare(self) -> bool:
+        """Use a moment without work for what later steps will need; False when there is nothing of that left."""
+        return not self.has_work() and self.runner.prepare()
+
     def stats(self) -> EngineStats:
         """A snapshot of counters and sizes."""
         scheduler, counters = self.scheduler, self.scheduler.counters

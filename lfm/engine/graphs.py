@@ -118,6 +118,14 @@ class DecodeGraphs:
         captured[0].replay()
         return captured[1]
 
+    def want_next(self) -> bool:
+        """Ask for the smallest shape without a graph, as a step would; False if there is none."""
+        missing = (bucket for bucket in self._buckets if Shape(bucket, False) not in self._graphs)
+        bucket = next(missing, None)
+        if bucket is not None:
+            self._demand[Shape(bucket, False)] = CAPTURE_DEMAND
+        return bucket is not None
+
     def capture_wanted(self) -> bool:
         """Capture one graph that steps have asked for, if any. Called between steps; True if there was one.
 

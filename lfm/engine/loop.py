@@ -52,6 +52,7 @@ class SteppedEngine(Protocol):
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[TokenEvent]: ...
     def has_work(self) -> bool: ...
+    def prepare(self) -> bool: ...
     def stats(self) -> EngineStats: ...
 
 
@@ -110,6 +111,7 @@ class EngineLoop:
         self._drain_deadline: float | None = None
         self._num_steps = -1
         self.num_barren = 0  # steps in a row that got nothing done
+        self._is_preparing = True  # whether the engine may have something to do while it has no work
         self._poller = zmq.Poller()
         self._poller.register(router, zmq.POLLIN)
         self._poller.register(commands.fileno(), zmq.POLLIN)
@@ -131,10 +133,11 @@ class EngineLoop:
                 return
             else:
                 self._on_progress()
+                self._is_preparing = self._engine.prepare()
 
     def _poll_ms(self, *, has_work: bool) -> int:
         if not has_work:
-            return self._idle_poll_ms
+            return 0 if self._is_preparing else self._idle_poll_ms
         return 0 if self.num_barren < BARREN_STEPS else 1
 
     def _receive(self, timeout_ms: int) -> None:

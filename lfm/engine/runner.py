@@ -25,6 +25,7 @@ from lfm.protocol import TokenLogprob
 
 # Prompt tokens per pass over the head: bounds the logits of a prompt that asks for its log-probabilities.
 PROMPT_LOGPROBS_PASS = 256
+SPARE_BYTES = 4 * 2**30  # so much of the GPU's memory stays free of graphs that nobody has asked for yet
 PromptLogprobs = dict[int, tuple[Tensor, Logprobs]]  # per row of the batch: target ids and their log-probabilities
 
 
@@ -114,6 +115,16 @@ class Runner:
         """Work that may delay a step a little: capture a graph that steps have asked for."""
         if self._graphs is not None and not self._graphs.capture_wanted() and self._chunk_graphs is not None:
             self._chunk_graphs.capture_wanted()
+
+    def prepare(self) -> bool:
+        """Use a moment without steps: capture a graph that some may ask for. False when there is none left."""
+        if self._graphs is None or self._chunk_graphs is None:
+            return False
+        if torch.cuda.mem_get_info(self.rows.device)[0] < SPARE_BYTES:
+            return False
+        is_wanted = self._graphs.want_next() or self._chunk_graphs.want_next()
+        self.between_steps()
+        return is_wanted
 
     @torch.inference_mode()
     def forward(self, batch: ScheduledBatch) -> Forwarded:

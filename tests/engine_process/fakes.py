@@ -112,6 +112,9 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.running or self._abort_events)
 
+    def prepare(self) -> bool:
+        return False
+
     def stats(self) -> EngineStats:
         return EngineStats(num_running=len(self.running), steps=self.num_steps)
 

@@ -1,6 +1,6 @@
 """BM25 with tantivy, of the extra `search`: a question on a million chunks takes it milliseconds, and FTS5 a second.
 
-In a large index, terms that stand in every third chunk are left out of questions that say enough without them: they
+In a large index, terms that stand in every fifth chunk are left out of questions that say enough without them: they
 weigh next to nothing, and reading their long lists is most of the work.
 
 Terms come from our analyser and are joined by spaces, which is all that tantivy is asked to split at; queries are built
@@ -24,7 +24,7 @@ _TOKENIZER = "terms"
 _WRITER_BYTES = 64 * 1024 * 1024
 _MACHINE_SIGNS = ("No space left", "Permission denied", "Read-only file system", "Too many open files")
 _LARGE_INDEX = 10_000  # chunks
-_COMMON_SHARE = 1 / 3  # of the chunks: a term of more weighs less than 1.1, one of a thousandth 6.9
+_COMMON_SHARE = 1 / 5  # of the chunks: a term of more weighs less than 1.6, one of a thousandth 6.9
 _MIN_TELLING = 3  # terms that a question must have besides
 _POSITION_ENTRY = -1  # the `document` of the one entry that is no chunk
 

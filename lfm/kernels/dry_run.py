@@ -4,6 +4,7 @@ Triton brings its own compiler and ptxas, so nothing but its driver and what ops
 What is compiled lands in Triton's cache on disk, under the key that a launch on such a GPU will look for.
 """
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ def compile_only(capability: int) -> Iterator[dict[str, list[Any]]]:
     compiled: dict[str, list[Any]] = {}
     run = JITFunction.run
 
+    @functools.wraps(run)
     def compile_kernel(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         compiled.setdefault(self.__name__, []).append(kernel)

@@ -10,17 +10,16 @@ Experts are measured with uniform and with skewed routing (Zipf), and the sum of
 
 import argparse
 import itertools
-import multiprocessing
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lfm.kernels.dry_run import compile_only
 from lfm.kernels.tune_calls import DENSE, HIDDEN, Case, calls_of
+from lfm.kernels.tune_compile import compile_all
 from lfm.kernels.tuned import (
     FOLDER,
     FOREVER,
@@ -116,30 +115,6 @@ def _grouped_tiles(case: Case, mine: GroupedTiles) -> Iterator[GroupedTiles]:
             yield tiles._replace(up=tile) if case.what == "up" else tiles._replace(down=tile)
 
 
-def compile_all(jobs: Sequence[tuple[Case, Tuned]], capability: int, workers: int) -> None:
-    """Fill Triton's cache with the kernels of all jobs, in processes of their own."""
-    shares = [list(jobs[i::workers]) for i in range(workers)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for failed in pool.map(_compile_share, shares, itertools.repeat(capability)):
-            for line in failed:
-                print(line, flush=True)
-
-
-def _compile_share(jobs: Sequence[tuple[Case, Tuned]], capability: int) -> list[str]:
-    torch.set_num_threads(1)
-    failed = []
-    with compile_only(capability):
-        for case, tables in jobs:
-            try:
-                with replaced(tables):
-                    for calls in calls_of(case, torch.device("meta")):
-                        calls[0]()
-            except Exception as error:  # noqa: BLE001  (a candidate may not compile; it is named, and left out later)
-                failed.append(f"{case}: does not compile: {type(error).__name__}: {str(error)[:100]}")
-    return failed
-
-
 def time_us(calls: Sequence[Callable[[], Any]]) -> float:
     """Microseconds of one call, in a graph of all of them."""
     for call in calls:
@@ -186,9 +161,9 @@ def tune(kinds: Sequence[WeightKind], parts: Sequence[str], *, workers: int) -> 
         so_far = _collect(tables, found)
         jobs = {case: candidates(case, found.get(case._replace(what="up"), so_far)) for case in now}
         major, minor = torch.cuda.get_device_capability(device)
-        compile_all(
-            [(case, choice) for case, choices in jobs.items() for choice in choices], 10 * major + minor, workers
-        )
+        candidates_of_all = [(case, choice) for case, choices in jobs.items() for choice in choices]
+        for line in compile_all(candidates_of_all, 10 * major + minor, workers=workers):
+            print(line, flush=True)
         for case, choices in jobs.items():
             times = measure(case, choices)
             best = min(range(len(times)), key=times.__getitem__)
@@ -250,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lfm.kernels.tune", description="Measure tiles on this GPU.")
     parser.add_argument("--kinds", default="bf16,fp8")
     parser.add_argument("--parts", default="stream,pairs,grouped,prefill")
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():

@@ -117,8 +117,13 @@ def _tables_of(device: torch.device) -> Tuned:
 
 
 def read_tables(path: Path) -> Tuned:
-    """The tables of a file: gpu, stream[kind][what][slots], pairs[kind], grouped[kind], fp8_prefill_tokens."""
-    raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """The tables of a file."""
+    return from_text(path.read_text(encoding="utf-8"))
+
+
+def from_text(text: str) -> Tuned:
+    """The tables in JSON: gpu, stream[kind][what][slots], pairs[kind], grouped[kind], fp8_prefill_tokens."""
+    raw: dict[str, Any] = json.loads(text)
     return Tuned(
         stream={
             kind: {
@@ -143,7 +148,12 @@ def _grouped(entry: dict[str, Any]) -> GroupedTiles:
 
 
 def write_tables(tables: Tuned, path: Path, *, gpu: str) -> None:
-    """Write tables so that `tuned.read_tables` reads them back."""
+    """Write tables so that `read_tables` reads them back."""
+    path.write_text(to_text(tables, gpu=gpu), encoding="utf-8")
+
+
+def to_text(tables: Tuned, *, gpu: str) -> str:
+    """Tables as `from_text` reads them, one tile or one class of tokens per line."""
     stream: dict[str, dict[str, dict[str, Any]]] = {}
     for kind, entries in tables.stream.items():
         for (what, slots), tile in sorted(entries.items()):
@@ -169,7 +179,7 @@ def write_tables(tables: Tuned, path: Path, *, gpu: str) -> None:
         },
         "fp8_prefill_tokens": tables.fp8_prefill_tokens,
     }
-    path.write_text(_as_text(content, depth=0) + "\n", encoding="utf-8")
+    return _as_text(content, depth=0) + "\n"
 
 
 def _as_text(value: Any, *, depth: int) -> str:

@@ -11,18 +11,30 @@ from pathlib import Path
 import pytest
 
 from lfm.search.local_index import LocalIndex
-from tests.search.indexes import BACKENDS, document, open_index
+from tests.search.indexes import BACKENDS, HAS_TANTIVY, document, open_index
 
 SET = Path(__file__).parent / "data" / "retrieval.json"
 LANGUAGES = ("ar", "de", "en", "es", "fr", "ja", "ko", "pt", "zh")
 TOP = 5
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+# The third: as on a large index, where common words are left out of questions.
+LARGE = pytest.param("large", marks=pytest.mark.skipif(not HAS_TANTIVY, reason="needs tantivy, of the extra search"))
+
+
+def opened(kind: str, folder: Path) -> LocalIndex:
+    if kind != "large":
+        return open_index(kind, folder)
+    from lfm.search.tantivy_index import TantivyIndex
+
+    return LocalIndex(folder, text_index=TantivyIndex(folder / "bm25.tantivy", large_index=0))
+
+
+@pytest.fixture(scope="module", params=[*BACKENDS, LARGE])
 def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalIndex]:
     data = json.loads(SET.read_text(encoding="utf-8"))
     assert tuple(sorted(data)) == LANGUAGES
-    with open_index(str(request.param), tmp_path_factory.mktemp("retrieval")) as index:
+    with opened(str(request.param), tmp_path_factory.mktemp("retrieval")) as index:
         index.store.write(
             [
                 document(f"/{language}/{number}.md", text, title="-")

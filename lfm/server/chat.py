@@ -36,7 +36,8 @@ class Chat:
         if request.documents:
             messages = await ground(request, citations, num_prompt_tokens=len(turn.prompt_ids), state=call.state)
             turn = await with_messages(turn, messages, state=call.state, num_bytes=call.num_bytes, param="messages")
-        annotate = citations.in_chat if request.documents or request.search_tools else None
+        has_sources = bool(request.documents or request.search_tools)
+        annotate = citations.in_chat if has_sources and turn.rules.answer is None else None  # JSON has brackets, too
         echoed = shown_prompt(turn.prompt_ids, call.state.tokenizer) if request.echo else None
         shape = partial(ChatShape, echoed=echoed, annotate=annotate)
         return Prepared.of_turn(turn, shape, server_tools=server_tools)

@@ -44,7 +44,7 @@ class Messages:
         prompt_ids = await _prompt_ids(request, rules, state=call.state, num_bytes=call.num_bytes)
         turn = Turn(messages=request.conversation, rules=rules, prompt_ids=prompt_ids)
         server_tools = ServerTools(request.search_tools)
-        cites = server_tools.citations.in_message if server_tools.tools else None
+        cites = server_tools.citations.in_message if server_tools.tools and turn.rules.answer is None else None
         shape = partial(MessageShape, max_tokens=request.max_tokens, cites=cites)
         return Prepared.of_turn(turn, shape, server_tools=server_tools)
 

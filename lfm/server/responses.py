@@ -60,7 +60,7 @@ class Responses:
             request=request,
             store=store,
             call_start_id=call.state.tokenizer.special.tool_call_start,
-            annotate=server_tools.citations.in_response if server_tools.tools else None,
+            annotate=server_tools.citations.in_response if server_tools.tools and turn.rules.answer is None else None,
         )
         return Prepared.of_turn(turn, shape, warnings, server_tools)
 

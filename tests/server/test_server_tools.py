@@ -246,6 +246,15 @@ def test_after_a_search_the_caller_may_be_called(service: SearchService) -> None
     assert len(client.backend.requests) == 2
 
 
+def test_numbers_in_an_answer_of_json_are_no_citations(service: SearchService) -> None:
+    texts = (call(search()), '{"numbers": [1]}')
+    schema = {"type": "object", "properties": {"numbers": {"type": "array", "items": {"type": "integer"}}}}
+    answer_format = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    message = chat(client_of(service, *texts), response_format=answer_format)["choices"][0]["message"]
+    assert json.loads(message["content"]) == {"numbers": [1]}
+    assert "annotations" not in message
+
+
 def test_documents_and_searches_share_their_numbers(service: SearchService) -> None:
     client = client_of(service, call(search("valve")), "Mine [1], theirs [2].")
     answer = chat(client, documents=["My pump."])

@@ -9,6 +9,7 @@ from torch import Tensor
 from lfm.kernels import norm as norm_ops
 from lfm.kernels import short_conv, stream_gemm
 from lfm.kernels.forward_batch import SCRATCH_BLOCK
+from lfm.kernels.fp8 import quantise_rows
 from lfm.kernels.short_conv import conv_in, conv_in_ref
 from lfm.kernels.weights import Linear, Norm
 from tests.kernels.interpreted import IS_INTERPRETED, run_interpreted
@@ -37,10 +38,13 @@ else:
     class Layer:
         """One layer's weights, and its tails in fp32 for the kernels and in fp64 for the reference."""
 
-        def __init__(self, window: int, num_blocks: int, *, has_bias: bool = False) -> None:
+        def __init__(self, window: int, num_blocks: int, *, has_bias: bool = False, is_fp8: bool = False) -> None:
             self.norm = Norm(1 + draw(HIDDEN, seed=1, std=0.1), 1e-5)
             biases = (draw(3 * HIDDEN, seed=4), draw(HIDDEN, seed=5)) if has_bias else (None, None)
             self.in_proj = Linear(draw(3 * HIDDEN, HIDDEN, seed=2, std=0.3), biases[0])
+            if is_fp8:
+                quantised, scale = quantise_rows(self.in_proj.weight)
+                self.in_proj = Linear(quantised, biases[0], scale)
             self.conv = Linear(draw(HIDDEN, window, seed=3), biases[1])
             self.tails = garbage(num_blocks, window - 1, HIDDEN, dtype=torch.float32)
             self.exact_tails = self.tails.double()
@@ -73,9 +77,10 @@ else:
             layer.step(draw(len(chunks), HIDDEN, seed=step), chunks, 4)
 
     @pytest.mark.parametrize("tokens", [1, 9, 33])
-    def test_decode_rows_of_every_kernel(tokens: int) -> None:
+    @pytest.mark.parametrize("is_fp8", [False, True])
+    def test_decode_rows_of_every_kernel(tokens: int, is_fp8: bool) -> None:
         """Few rows are fused with the projection, many are not."""
-        layer = Layer(3, tokens + 1)
+        layer = Layer(3, tokens + 1, is_fp8=is_fp8)
         for position in (0, 1, 2):
             chunks = [(position, position + 1, [row + 1]) for row in range(tokens)]
             layer.step(draw(tokens, HIDDEN, seed=position), chunks, 8)

@@ -67,21 +67,12 @@ def serve(
     LFM_... in the environment.
     """
     from lfm.cli.facts import git_commit
-    from lfm.cli.load import SCENARIOS, Report, Scenario, Target, drive, print_report, write_reports
+    from lfm.cli.load import Report, Scenario, Target, drive, print_report, write_reports
     from lfm.cli.load_shapes import Load
     from lfm.cli.own_server import own_server
     from lfm.http_client import api_root
 
-    if scenario not in SCENARIOS:
-        raise UsageError(f"--scenario {scenario} is not known. Allowed: {', '.join(SCENARIOS)}.")
-    if lengths not in ("fixed", "lognormal"):
-        raise UsageError(f"--lengths {lengths} is not known. Allowed: fixed, lognormal.")
-    if rate is not None and concurrency is not None:
-        raise UsageError(
-            "--rate and --concurrency exclude each other. Give --rate for an open loop, else --concurrency."
-        )
-    if rate is not None and scenario != "load":
-        raise UsageError(f"--rate is not for --scenario {scenario}, which has arrivals of its own. Leave --rate out.")
+    _check_choices(scenario, lengths, rate, concurrency)
     most, at_once, tokens_in, tokens_out = DEFAULTS[scenario]
     at_once = at_once if concurrency is None else concurrency
     load = Load(
@@ -93,17 +84,9 @@ def serve(
         seed=seed,
         lengths="lognormal" if lengths == "lognormal" else "fixed",
     )
-    played = Scenario(
-        name=scenario,
-        long_tokens=_in_range("long-tokens", long_tokens, 1, 1_000_000),
-        long_every_s=_in_range("long-every", long_every, 0.001, 3600),
-        num_long=_in_range("long-prompts", long_prompts, 0, 100_000),
-        num_turns=_in_range("turns", turns, 2, 1000),
-    )
-    if client_processes is None:
-        many = min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))
-        client_processes = many if rate is not None or at_once > FEW_CLIENTS else 1
-    processes = _in_range("client-processes", client_processes, 1, 256)
+    _check_ranges(long_tokens, long_every, long_prompts, turns)
+    played = Scenario(scenario, long_tokens, long_every, long_prompts, turns)
+    processes = _num_processes(client_processes, has_many=rate is not None or at_once > FEW_CLIENTS)
 
     def play(root: str) -> list[Report]:
         target = Target(root=root, api_key=api_key, processes=processes, commit=git_commit() or commit)
@@ -113,12 +96,37 @@ def serve(
         reports = play(api_root(url))
     else:
         flags: dict[str, object] = {"--device": device, "--dtype": dtype, "--api-workers": api_workers}
-        flags |= {"--memory-fraction": memory_fraction, "--max-running": max_running}
-        with own_server(model, flags) as root:
+        with own_server(model, flags | {"--memory-fraction": memory_fraction, "--max-running": max_running}) as root:
             reports = play(root)
     write_reports(reports, output)
     for report in reports:
         print_report(report)
+
+
+def _check_choices(scenario: str, lengths: str, rate: float | None, concurrency: int | None) -> None:
+    if scenario not in DEFAULTS:
+        raise UsageError(f"--scenario {scenario} is not known. Allowed: {', '.join(DEFAULTS)}.")
+    if lengths not in ("fixed", "lognormal"):
+        raise UsageError(f"--lengths {lengths} is not known. Allowed: fixed, lognormal.")
+    if rate is not None and concurrency is not None:
+        raise UsageError(
+            "--rate and --concurrency exclude each other. Give --rate for an open loop, else --concurrency."
+        )
+    if rate is not None and scenario != "load":
+        raise UsageError(f"--rate is not for --scenario {scenario}, which has arrivals of its own. Leave --rate out.")
+
+
+def _check_ranges(long_tokens: int, long_every: float, long_prompts: int, turns: int) -> None:
+    _in_range("long-tokens", long_tokens, 1, 1_000_000)
+    _in_range("long-every", long_every, 0.001, 3600)
+    _in_range("long-prompts", long_prompts, 0, 100_000)
+    _in_range("turns", turns, 2, 1000)
+
+
+def _num_processes(named: int | None, *, has_many: bool) -> int:
+    if named is not None:
+        return _in_range("client-processes", named, 1, 256)
+    return min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2)) if has_many else 1
 
 
 def _in_range(name: str, value: Number, low: float, high: float) -> Number:

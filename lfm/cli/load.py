@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx2
 from rich.box import SIMPLE
@@ -24,7 +25,6 @@ from lfm.errors import InternalError, MachineError
 
 PROBE_WORDS = 64
 SATURATION_SHARES = (0.25, 0.5, 0.75)
-SCENARIOS = ("load", "poisson", "long-prompts", "agents")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,15 +91,14 @@ class Target:
     commit: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scenario:
+class Scenario(NamedTuple):
     """What `drive` plays: `name` and, where it needs them, its own numbers."""
 
-    name: str = "load"
-    long_tokens: int = 30_000
-    long_every_s: float = 2.0
-    num_long: int = 10
-    num_turns: int = 8
+    name: str
+    long_tokens: int
+    long_every_s: float
+    num_long: int
+    num_turns: int
 
 
 def drive(target: Target, load: Load, scenario: Scenario) -> list[Report]:

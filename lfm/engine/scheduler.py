@@ -15,13 +15,13 @@ from bisect import bisect_left, insort
 
 from lfm.engine.cache import BlockHasher, BlockPool
 from lfm.engine.constraint import Constraint, grammar_failed
+from lfm.engine.prefixes import Prefixes
 from lfm.engine.sequence import Sequence, Status
 from lfm.engine.step import Counters, ScheduledBatch, ScheduledRow, StepBudget, StepResult
+from lfm.engine.token_events import NOT_FINITE, token_event
 from lfm.errors import InternalError
 from lfm.protocol import EngineRequest, ErrorInfo, FinishReason, TokenEvent, TokenLogprob
 
-# A follower waits for the leader that computes its next block at most this many steps, then computes it itself.
-MAX_LEADER_WAIT_STEPS = 512
 # While anything decodes, a step is short, but where so much waits that it would take more steps than this: long steps
 # are up to a half faster per token, and those who wait wait longer than those who decode then do.
 BACKLOG_STEPS = 16
@@ -44,10 +44,9 @@ class Scheduler:
         self.pool = pool
         self.block_size = block_size
         self.counters = Counters()
-        self._hasher = hasher
         self._step_tokens = step_tokens
         self._step_tokens_decoding = min(step_tokens, step_tokens_decoding)
-        self._prefix_caching = prefix_caching
+        self._prefixes = Prefixes(pool, hasher, block_size=block_size, is_on=prefix_caching)
         self._free_rows = list(range(max_running - 1, -1, -1))
         self.num_waiting_tokens = 0
         self._waiting: list[Sequence] = []  # sorted by key
@@ -56,7 +55,6 @@ class Scheduler:
         self._singles_since = -1  # the number of changes when all of them computed one token in the last step
         self._leaving: dict[str, Sequence] = {}  # preempted or finished, named by a launched step
         self._by_id: dict[str, Sequence] = {}  # every sequence without a terminal event
-        self._computing: dict[bytes | None, Sequence] = {}  # full prompt blocks on their way, by hash
         self._num_arrivals = 0
 
     # -- entering and leaving ------------------------------------------------------------------------------------------
@@ -78,10 +76,10 @@ class Scheduler:
 
     def add(self, request: EngineRequest) -> Sequence:
         """Queue a request that `validate` has passed. Its prompt's full blocks are hashed here, once."""
-        sequence = Sequence(request, arrival=self._num_arrivals, root_hash=self._hasher.root(request.tenant))
+        sequence = Sequence(request, arrival=self._num_arrivals, root_hash=self._prefixes.root(request.tenant))
         self._num_arrivals += 1
         self._by_id[sequence.id] = sequence
-        self._extend_hashes(sequence, len(sequence.ids) // self.block_size)
+        self._prefixes.extend_hashes(sequence, len(sequence.ids) // self.block_size)
         self._enqueue(sequence)
         return sequence
 
@@ -123,14 +121,14 @@ class Scheduler:
             self._dequeue(_index_of(sequence, self._waiting))
         sequence.finish_reason = reason
         self._leave(sequence, Status.FINISHED)
-        return self._event(sequence, token_ids, logprobs, finish_reason=reason, error=error)
+        return token_event(sequence, token_ids, logprobs, finish_reason=reason, error=error)
 
     def _leave(self, sequence: Sequence, status: Status) -> None:
         """Take a sequence out of the running ones; what it owns is released now, or after the last step naming it."""
         if sequence.status is Status.RUNNING:
             del self._running[_index_of(sequence, self._running)]
             self._num_changes += 1
-            self._stop_leading(sequence)
+            self._prefixes.stop_leading(sequence)
         sequence.status = status
         sequence.quiet_end = 0
         if sequence.num_in_flight:
@@ -262,10 +260,10 @@ class Scheduler:
         while position < len(self._waiting) and budget.left and self._free_rows:
             sequence = self._waiting[position]
             position += 1
-            if sequence.is_held or self._still_waits_for_leader(sequence):
+            if sequence.is_held or self._prefixes.still_waits(sequence):
                 continue
-            hits = self._find_hits(sequence)
-            if self._begins_to_wait(sequence, len(hits)):
+            hits = self._prefixes.find(sequence)
+            if self._prefixes.begins_to_wait(sequence, len(hits)):
                 continue
             num_new = sequence.num_tokens - len(hits) * self.block_size
             is_long = num_new > budget.longest
@@ -284,33 +282,6 @@ class Scheduler:
             chunk = min(num_new, budget.left)
             self._launch(batch, sequence, chunk)
             budget.left -= chunk
-
-    def _find_hits(self, sequence: Sequence) -> list[int]:
-        """Blocks of the longest indexed prefix; never the last token's, which is always computed."""
-        if not self._prefix_caching or sequence.wants_prompt_logprobs:
-            return []
-        hits: list[int] = []
-        longest = (sequence.num_tokens - 1) // self.block_size
-        for block_hash in sequence.block_hashes[:longest]:
-            block = self.pool.find(block_hash)
-            if block is None:
-                break
-            hits.append(block)
-        return hits
-
-    def _begins_to_wait(self, sequence: Sequence, num_hits: int) -> bool:
-        """Whether a running sequence is computing this one's next block, so that waiting saves computing it twice."""
-        if not self._prefix_caching or sequence.wants_prompt_logprobs:
-            return False
-        longest = min((sequence.num_tokens - 1) // self.block_size, len(sequence.block_hashes))
-        sequence.awaited_hash = sequence.block_hashes[num_hits] if num_hits < longest else None
-        return self._still_waits_for_leader(sequence)
-
-    def _still_waits_for_leader(self, sequence: Sequence) -> bool:
-        if sequence.awaited_hash not in self._computing or sequence.leader_waits >= MAX_LEADER_WAIT_STEPS:
-            return False
-        sequence.leader_waits += 1
-        return True
 
     def _fits(self, sequence: Sequence, hits: list[int]) -> bool:
         """Whether all known tokens fit beside one block of growth for every running sequence."""
@@ -333,8 +304,7 @@ class Scheduler:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
             self.counters.prompt_tokens += sequence.num_prompt
             self.counters.cached_prompt_tokens += sequence.num_cached
-        for block_hash in sequence.block_hashes[len(hits) :]:
-            self._computing.setdefault(block_hash, sequence)
+        self._prefixes.start_leading(sequence, len(hits))
         insort(self._running, sequence, key=_key)
         self._num_changes += 1
         batch.started.append(sequence)
@@ -369,7 +339,7 @@ class Scheduler:
             sequence.num_dropped -= is_dropped
             sequence.num_pending -= row.samples and not is_dropped
             if result.is_finite[index] and sequence.finish_reason != "error":
-                self._index_blocks(sequence, row.end)
+                self._prefixes.index_blocks(sequence, row.end)
             if sequence.status is not Status.FINISHED:
                 event = self._read_row(sequence, row, result, index, is_dropped=is_dropped)
                 if event is not None:
@@ -386,7 +356,7 @@ class Scheduler:
         token_id = result.token_ids[index]
         if not result.is_finite[index] or (row.samples and token_id < 0):
             self.counters.corrupted_requests += 1
-            return self._finish(sequence, "error", error=_NOT_FINITE)
+            return self._finish(sequence, "error", error=NOT_FINITE)
         if index in result.prompt_logprobs:
             known = len(sequence.prompt_logprobs)  # a preempted sequence computes some positions again
             sequence.prompt_logprobs += result.prompt_logprobs[index][max(0, known - row.start - 1) :]
@@ -406,52 +376,7 @@ class Scheduler:
         if sequence.constraint is None and sequence.status is Status.RUNNING:
             next_full = (row.end // self.block_size + 1) * self.block_size
             sequence.quiet_end = min(next_full, sequence.max_num_tokens - 1)
-        return self._event(sequence, new, logprobs)
-
-    def _event(
-        self,
-        sequence: Sequence,
-        token_ids: tuple[int, ...],
-        logprobs: tuple[TokenLogprob, ...],
-        *,
-        finish_reason: FinishReason | None = None,
-        error: ErrorInfo | None = None,
-    ) -> TokenEvent:
-        is_first = bool(token_ids) and sequence.num_outputs == len(token_ids)
-        wants_prompt = is_first and sequence.request.sampling.prompt_logprobs is not None
-        return TokenEvent(
-            request_id=sequence.id,
-            token_ids=list(token_ids),
-            logprobs=list(logprobs),
-            prompt_logprobs=sequence.prompt_logprobs if wants_prompt else None,
-            num_cached_tokens=sequence.num_cached if is_first else None,
-            finish_reason=finish_reason,
-            error=error,
-        )
-
-    def _index_blocks(self, sequence: Sequence, end: int) -> None:
-        """Make the blocks that this step filled findable: all their ids are known now."""
-        num_full = min(end, len(sequence.ids)) // self.block_size
-        if not self._prefix_caching or num_full <= sequence.num_indexed:
-            return
-        self._extend_hashes(sequence, num_full)
-        for position in range(sequence.num_indexed, num_full):
-            block_hash = sequence.block_hashes[position]
-            self.pool.index(sequence.block_table[position], block_hash)
-            if self._computing.get(block_hash) is sequence:
-                del self._computing[block_hash]
-        sequence.num_indexed = num_full
-
-    def _extend_hashes(self, sequence: Sequence, num_full: int) -> None:
-        hashes, size = sequence.block_hashes, self.block_size
-        if self._prefix_caching and len(hashes) < num_full:
-            parent = hashes[-1] if hashes else sequence.root_hash
-            hashes += self._hasher.chain(parent, sequence.ids[len(hashes) * size : num_full * size], block_size=size)
-
-    def _stop_leading(self, sequence: Sequence) -> None:
-        for block_hash in sequence.block_hashes[sequence.num_indexed :]:
-            if self._computing.get(block_hash) is sequence:
-                del self._computing[block_hash]
+        return token_event(sequence, new, logprobs)
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
@@ -462,13 +387,6 @@ class Scheduler:
         rows = [sequence.row for sequence in owners] + self._free_rows
         if len(set(rows)) != len(rows) or -1 in rows:
             raise InternalError(f"scheduler: rows are owned twice or lost: {sorted(rows)}")
-
-
-_NOT_FINITE = ErrorInfo(
-    message="The model produced numbers that are not finite for this request. Nothing of it was cached; try again.",
-    type="server_error",
-    code="model_error",
-)
 
 
 def _key(sequence: Sequence) -> tuple[int, int]:

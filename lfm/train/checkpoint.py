@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +40,15 @@ def checkpoint_folders(output: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def save_checkpoint(output: Path, step: int, model: Lfm2, checkpoint: Checkpoint, *, tokenizer_folder: Path) -> Path:
-    """Write the checkpoint of a step, all or nothing. Raises MachineError if the disk is full."""
-    folder = output / "checkpoints" / f"step-{step:08d}"
+def checkpoint_folder(output: Path, step: int) -> Path:
+    return output / "checkpoints" / f"step-{step:08d}"
+
+
+def save_checkpoint(folder: Path, model: Lfm2, checkpoint: Checkpoint, *, tokenizer_folder: Path) -> None:
+    """Write a checkpoint as `folder`, all or nothing, unless it is there. Raises MachineError if the disk is full."""
     partial = folder.with_name(f"{folder.name}.partial")
     if folder.is_dir():
-        return folder
+        return
     with _disk_errors(folder, checkpoint.tensors):
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -55,7 +58,6 @@ def save_checkpoint(output: Path, step: int, model: Lfm2, checkpoint: Checkpoint
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    return folder
 
 
 def remove_old_checkpoints(output: Path, *, keep: int) -> None:
@@ -64,11 +66,13 @@ def remove_old_checkpoints(output: Path, *, keep: int) -> None:
         shutil.rmtree(folder)
 
 
-def load_checkpoint(folder: Path, *, device: torch.device) -> Checkpoint:
-    """Read a trainer's state. Raises ModelError if it is damaged."""
+def load_checkpoint(
+    folder: Path, *, device: torch.device, keep: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+) -> Checkpoint:
+    """Read a trainer's state; of each tensor, what `keep` makes of it. Raises ModelError if it is damaged."""
     state = read_state(folder)
     try:
-        return Checkpoint(state, read_tensors(folder / "training" / _TENSORS, device=device))
+        return Checkpoint(state, read_tensors(folder / "training" / _TENSORS, device=device, keep=keep))
     except (OSError, ModelError) as error:
         raise _damaged(folder, error) from error
 

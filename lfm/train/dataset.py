@@ -107,6 +107,11 @@ def unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (packed & ~_TARGET_BIT).astype(np.int64), (packed & _TARGET_BIT) != 0
 
 
+def num_targets_in(packed: np.ndarray) -> int:
+    """How many ids of a row are to be predicted; its first never is."""
+    return int(np.count_nonzero(packed[1:] & _TARGET_BIT))
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a prepared folder; None where preparation did not end."""
     try:

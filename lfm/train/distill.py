@@ -7,12 +7,61 @@ chain rule splits the divergence into "is the token in T?" and "which one of T i
 
 The temperature tau applies to the second term only. At tau = 1 and K = V this is KL(P_T || P_S); for smaller K it never
 compares the teacher's truncated distribution with the student's whole one, which would pull the student's tail to zero.
-Legend: T tokens, K stored logits per token, V vocab.
+In training it is mixed with next-token cross-entropy, and logits exist for one chunk of tokens at a time.
+Legend: T tokens, C tokens of a chunk, D hidden, K stored logits per token, V vocab.
 """
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from lfm.kernels.norm import widen
+from lfm.train.batches import NO_TARGET
+
+
+class TopK(NamedTuple):
+    """What a teacher says of each token: its likeliest ids, their logits, log-sum-exp over all of its logits."""
+
+    ids_TK: Tensor
+    logits_TK: Tensor
+    lse_T: Tensor
+
+
+def chunked_distillation(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    targets_T: Tensor,
+    teacher: TopK,
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 4096,
+) -> Tensor:
+    """The loss of logits `hidden @ head^T` against the teacher, summed over the tokens that have a target.
+
+    Differentiable in both tensors. The backward makes each chunk's logits again.
+    """
+    total = widen(hidden_TD.new_zeros(()))
+    for begin in range(0, hidden_TD.shape[0], chunk_tokens):
+        chunk = slice(begin, begin + chunk_tokens)
+        total = total + checkpoint(
+            _chunk_loss,
+            hidden_TD[chunk],
+            head_VD,
+            targets_T[chunk],
+            TopK(*(tensor[chunk] for tensor in teacher)),
+            temperature,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+    return total
+
+
+def _chunk_loss(hidden_CD: Tensor, head_VD: Tensor, targets_C: Tensor, teacher: TopK, temperature: float) -> Tensor:
+    loss_C = decoupled_top_k_loss(linear(hidden_CD, head_VD), *teacher, temperature=temperature)
+    return torch.where(targets_C != NO_TARGET, loss_C, 0.0).sum()
 
 
 def decoupled_top_k_loss(

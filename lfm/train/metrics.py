@@ -12,7 +12,8 @@ import msgspec
 class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """One optimizer step. Losses are means over its target tokens; `tokens` counts all inputs since the run began.
 
-    `balance` is the entropy of the expert load over a uniform one's, mean and lowest over the layers.
+    `distill_loss` is there with a teacher, `validation_loss` where it was measured. `balance` is the entropy of the
+    expert load over a uniform one's, mean and lowest over the layers.
     """
 
     step: int
@@ -27,6 +28,8 @@ class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
     balance: float | None
     lowest_balance: float | None
     seconds: float
+    validation_loss: float | None = None
+    distill_loss: float | None = None
 
 
 class MetricsLog:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lfm.train.recipe import OptimizerSettings, ScheduleSettings
+from lfm.train.world import World
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic iteration: steep at zero, so few iterations are enough
 _NEWTON_SCHULZ_STEPS = 5
@@ -58,16 +59,26 @@ def orthogonalise(update_NRC: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised per matrix. Each parameter comes with the number of matrices that it stacks."""
+    """Momentum, orthogonalised per matrix. Each parameter comes with the matrices [N, R, C] that it stacks.
 
-    def __init__(self, params: list[tuple[Tensor, int]], *, lr: float, weight_decay: float, momentum: float) -> None:
+    Where several processes hold a parameter's rows, each keeps the momentum of its own. Experts are whole matrices; of
+    the others every process gathers the rows, orthogonalises the whole, and takes its own part of the result.
+    """
+
+    def __init__(
+        self,
+        params: list[tuple[Tensor, torch.Size]],
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        world: World | None = None,
+    ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__([parameter for parameter, _ in params], defaults)
+        self._world = world or World()
         self._groups: dict[torch.Size, list[tuple[Tensor, torch.Size]]] = {}
-        for parameter, num_matrices in params:
-            shape = torch.Size(
-                (num_matrices, parameter.numel() // parameter.shape[-1] // num_matrices, parameter.shape[-1])
-            )
+        for parameter, shape in params:
             self._groups.setdefault(shape[1:], []).append((parameter, shape))
 
     @torch.no_grad()
@@ -78,11 +89,21 @@ class Muon(torch.optim.Optimizer):
         for members in self._groups.values():
             parameters = [parameter for parameter, _ in members]
             averages = self._look_ahead(parameters, momentum)
-            updates = torch.cat([a.view(shape) for a, (_, shape) in zip(averages, members, strict=True)])
+            updates = torch.cat([self._whole(a, shape) for a, (_, shape) in zip(averages, members, strict=True)])
             updates = orthogonalise(updates) * (rate * _MUON_RMS * math.sqrt(max(updates.shape[1:])))
             parts = updates.split([shape[0] for _, shape in members])
             torch._foreach_mul_(parameters, 1 - rate * settings["weight_decay"])
-            torch._foreach_sub_(parameters, [part.reshape(p.shape) for part, p in zip(parts, parameters, strict=True)])
+            torch._foreach_sub_(parameters, [self._own(part, p) for part, p in zip(parts, parameters, strict=True)])
+
+    def _whole(self, average: Tensor, shape: torch.Size) -> Tensor:
+        if average.dim() == 2:
+            average = self._world.whole(average, shape[0] * shape[1])
+        return average.view(shape)
+
+    def _own(self, part_NRC: Tensor, parameter: Tensor) -> Tensor:
+        if parameter.dim() == 2:
+            part_NRC = self._world.own_rows(part_NRC.flatten(0, 1))
+        return part_NRC.reshape(parameter.shape)
 
     def _look_ahead(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
         """Nesterov's look-ahead of the averaged gradients."""
@@ -132,13 +153,16 @@ class Optimizers:
                         optimizer.state[parameter] = values
 
 
-def make_optimizers(parameters: Mapping[str, Tensor], settings: OptimizerSettings) -> Optimizers:
-    """Sort the parameters by what their names and shapes say about them."""
+def make_optimizers(
+    parameters: Mapping[str, Tensor], settings: OptimizerSettings, *, world: World | None = None
+) -> Optimizers:
+    """Sort the parameters by what their names and shapes say about them. In a `world`, they are each process's rows."""
+    world = world or World()
     matrices, decayed, plain = [], [], []
     for name, parameter in parameters.items():
         is_hidden_matrix = name.endswith("_proj.weight") or ".feed_forward.w" in name or ".experts." in name
         if is_hidden_matrix and settings.name == "muon":
-            matrices.append((parameter, _num_stacked(name, parameter)))
+            matrices.append((parameter, _matrices(name, parameter, world)))
         elif is_hidden_matrix or name.endswith(".gate.weight"):
             decayed.append(parameter)
         else:  # norms, biases, conv taps; the embedding: its rows are as rare as their tokens, decay would eat them
@@ -160,15 +184,22 @@ def make_optimizers(parameters: Mapping[str, Tensor], settings: OptimizerSetting
     ]
     if matrices:
         optimizers.append(
-            Muon(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay, momentum=settings.momentum)
+            Muon(
+                matrices,
+                lr=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                momentum=settings.momentum,
+                world=world,
+            )
         )
     return Optimizers(tuple(optimizers), {parameter: name for name, parameter in parameters.items()})
 
 
-def _num_stacked(name: str, parameter: Tensor) -> int:
-    """How many matrices a parameter holds that have nothing to do with each other."""
-    if name.endswith("gate_up_proj"):
-        return 2 * parameter.shape[0]
-    if name.endswith("experts.down_proj"):
-        return parameter.shape[0]
-    return 3 if name.endswith("conv.in_proj.weight") else 1
+def _matrices(name: str, parameter: Tensor, world: World) -> torch.Size:
+    """The matrices [N, R, C] of a parameter that have nothing to do with each other: this process's experts, or all."""
+    if parameter.dim() == 3:
+        num, rows, columns = parameter.shape
+        return torch.Size((2 * num, rows // 2, columns) if name.endswith("gate_up_proj") else (num, rows, columns))
+    num = 3 if name.endswith("conv.in_proj.weight") else 1
+    rows = world.num_rows(parameter)
+    return torch.Size((num, rows // num, parameter.shape[1]))

@@ -86,6 +86,7 @@ class DataSettings(Section, frozen=True, kw_only=True):
     files: tuple[str, ...] = ()
     synthetic: SyntheticSettings | None = None
     max_length: Annotated[int, Meta(ge=2)] = 2048
+    validation_rows: Count = 0
 
 
 class BatchSettings(Section, frozen=True, kw_only=True):
@@ -125,6 +126,19 @@ class LossSettings(Section, frozen=True, kw_only=True):
     chunk_tokens: Positive = 4096
 
 
+class DistillSettings(Section, frozen=True, kw_only=True):
+    """[distill]: learn from another model too, by the decoupled top-K loss (`lfm.train.distill`).
+
+    `teacher` is a model folder or hub id with the same tokenizer. The loss is (1 - weight) * next-token cross-entropy +
+    weight * distillation.
+    """
+
+    teacher: str
+    top_k: Positive = 32
+    temperature: Annotated[float, Meta(gt=0)] = 1.0
+    weight: Share = 0.5
+
+
 class TrainRecipe(Section, frozen=True, kw_only=True):
     """A recipe of `lfm train pretrain` or `lfm train sft`."""
 
@@ -135,6 +149,7 @@ class TrainRecipe(Section, frozen=True, kw_only=True):
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     loss: LossSettings = LossSettings()
+    distill: DistillSettings | None = None
 
 
 class TokenizerSettings(Section, frozen=True, kw_only=True):

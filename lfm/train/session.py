@@ -5,16 +5,19 @@ step and the position in the data. Nothing else is random, so a run that was sto
 """
 
 import fcntl
+import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from lfm.config import ModelConfig
 from lfm.errors import MachineError, UsageError
@@ -22,6 +25,7 @@ from lfm.model.lfm2 import Lfm2
 from lfm.model.source import resolve_model
 from lfm.train.checkpoint import (
     Checkpoint,
+    checkpoint_folder,
     checkpoint_folders,
     load_checkpoint,
     read_state,
@@ -30,13 +34,16 @@ from lfm.train.checkpoint import (
 )
 from lfm.train.dataset import Dataset
 from lfm.train.examples import load_tokenizer
-from lfm.train.learner import Learner, NonFiniteError, StepResult, weights_in
+from lfm.train.learner import Learner, NonFiniteError, StepResult, own_part, weights_in
 from lfm.train.metrics import MetricsLog, ProgressLine, StepMetrics, read_metrics
 from lfm.train.models import build_model, config_of, random_weights, read_weights
 from lfm.train.plot import write_plot
 from lfm.train.prepare import Kind, prepare
 from lfm.train.recipe import TrainRecipe, differences, fingerprint
+from lfm.train.sharding import build_sharded_model, whole_model
 from lfm.train.steps import Position, StepData, StepReader, fixed_size
+from lfm.train.teacher import Teacher
+from lfm.train.world import World, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,46 +130,100 @@ def train(
     """
     began_s = time.monotonic()
     output = Path(recipe.run.output)
-    output.mkdir(parents=True, exist_ok=True)
-    with _only_run(output):
-        run = _Run(recipe, kind, output, on_progress=on_progress)
-        try:
-            return run.go(lambda: should_stop() or 0 < 60 * minutes <= time.monotonic() - began_s)
-        finally:
-            run.close()
+    device, dtype = choose_device(recipe)
+    with joined(device) as world, ExitStack() as stack:
+        with world.agreed():
+            if world.is_first:
+                output.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_only_run(output))
+        run = _Run(recipe, kind, world, device, dtype, on_progress=on_progress if world.is_first else lambda line: None)
+        stack.callback(run.close)
+        return run.go(lambda: should_stop() or 0 < 60 * minutes <= time.monotonic() - began_s)
 
 
 class _Run:
-    def __init__(self, recipe: TrainRecipe, kind: Kind, output: Path, *, on_progress: Callable[[str], None]) -> None:
-        self._recipe, self._kind, self._output, self._on_progress = recipe, kind, output, on_progress
-        device, dtype = choose_device(recipe)
-        self._origin = find_origin(recipe)
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        kind: Kind,
+        world: World,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        on_progress: Callable[[str], None],
+    ) -> None:
+        self._recipe, self._kind, self._world, self._on_progress = recipe, kind, world, on_progress
+        self._device, self._dtype, self._output = device, dtype, Path(recipe.run.output)
+        self._progress = _Progress()
+        self._loss: float | None = None
+        with world.agreed():
+            self._origin = find_origin(recipe)
+            if world.is_first:
+                self._prepare()
+        with world.agreed():
+            self._reader = self._open_data()
+            self._model = self._build_model()
+            self._teacher = self._find_teacher()
+        self._learner = self._start()
+        with world.agreed():
+            first_step = self._progress.step
+            self._log = MetricsLog(self._output / "metrics.jsonl", first_step=first_step) if world.is_first else None
+
+    def _prepare(self) -> None:
         prepare(
-            recipe.data,
-            kind,
+            self._recipe.data,
+            self._kind,
             tokenizer_folder=self._origin.tokenizer_folder,
-            folder=output / "data",
-            on_progress=on_progress,
+            folder=self._output / "data",
+            on_progress=self._on_progress,
         )
-        self._dataset = Dataset(output / "data")
-        self._reader = StepReader(
-            self._dataset,
+
+    def _open_data(self) -> StepReader:
+        recipe = self._recipe
+        return StepReader(
+            Dataset(self._output / "data"),
             batch_tokens=recipe.batch.tokens,
             accumulation=recipe.batch.accumulation,
             seed=recipe.run.seed,
-            size=fixed_size(recipe) if device.type == "cuda" else None,
+            size=fixed_size(recipe) if self._device.type == "cuda" else None,
+            rank=self._world.rank,
+            num_ranks=self._world.size,
+            num_held_back=recipe.data.validation_rows,
         )
-        model = build_model(self._origin.config, device=device, dtype=dtype)
-        self._progress = _Progress()
-        self._learner = self._resumed(model, device) or self._new(model)
-        self._model = model
-        model.rope(recipe.data.max_length)  # the tables of all positions, once
-        self._log = MetricsLog(output / "metrics.jsonl", first_step=self._progress.step)
-        self._loss: float | None = None
-        self._checkpoint: Path | None = None
+
+    def _build_model(self) -> Lfm2:
+        config, device, dtype = self._origin.config, self._device, self._dtype
+        if self._world.size > 1:
+            return build_sharded_model(config, device=device, dtype=dtype, world=self._world)
+        model = build_model(config, device=device, dtype=dtype)
+        model.rope(self._recipe.data.max_length)  # the tables of all positions, once
+        return model
+
+    def _find_teacher(self) -> Teacher | None:
+        if self._recipe.distill is None:
+            return None
+        return Teacher(
+            self._recipe.distill,
+            student=self._origin.config,
+            tokenizer_folder=self._origin.tokenizer_folder,
+            device=self._device,
+            dtype=self._dtype,
+        )
+
+    def _start(self) -> Learner:
+        """The learner of the newest checkpoint, or a new one."""
+        tensors: dict[str, Tensor] | None = None
+        with self._world.agreed():
+            tensors = self._resumed()
+            weights = self._new_weights() if tensors is None else weights_in(tensors)
+        learner = Learner(self._model, weights, self._recipe, world=self._world, teacher=self._teacher)
+        if tensors is not None:
+            learner.load_optimizer_state(tensors)
+        return learner
 
     def close(self) -> None:
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
 
     def go(self, should_stop: Callable[[], bool]) -> Outcome:
         recipe, progress = self._recipe, self._progress
@@ -176,9 +237,12 @@ class _Run:
                 data = ahead.result()
                 ahead = reader.submit(self._reader.read, data.next_position)
                 metrics = self._step(data)
-                line.show(metrics, seconds_per_step=(time.monotonic() - first_s) / (progress.step - first))
+                with self._world.agreed():
+                    if self._log is not None:
+                        self._log.write(metrics)
+                    line.show(metrics, seconds_per_step=(time.monotonic() - first_s) / (progress.step - first))
                 is_due = progress.step % recipe.run.save_every_steps == 0
-                if should_stop():
+                if self._world.any(should_stop()):
                     break
                 if is_due and progress.step < num_steps:
                     self._save()
@@ -204,7 +268,6 @@ class _Run:
         progress.tokens, progress.targets = metrics.tokens, metrics.targets
         progress.seconds += seconds
         self._loss = result.loss
-        self._log.write(metrics)
         return metrics
 
     def _metrics(self, data: StepData, result: StepResult, seconds: float) -> StepMetrics:
@@ -219,11 +282,20 @@ class _Run:
             tokens=progress.tokens + data.num_tokens,
             targets=progress.targets + data.num_targets,
             tokens_per_s=data.num_tokens / max(seconds, 1e-9),
-            epoch=position.epoch + position.row / self._dataset.num_rows,
+            epoch=position.epoch + position.row / self._reader.num_rows,
+            distill_loss=result.distill_loss if self._teacher is not None else None,
             balance=sum(balance) / len(balance) if balance else None,
             lowest_balance=min(balance, default=None),
             seconds=progress.seconds + seconds,
+            validation_loss=self._validation_loss(progress.step + 1),
         )
+
+    def _validation_loss(self, step: int) -> float | None:
+        """The loss of what is held back, after a step that ends with a checkpoint; None after others."""
+        is_due = step % self._recipe.run.save_every_steps == 0 or step == self._recipe.schedule.steps
+        if not (is_due and self._recipe.data.validation_rows):
+            return None
+        return self._learner.validation_loss(self._reader.validation_batches())
 
     def _advice(self) -> str:
         folders = checkpoint_folders(self._output)
@@ -232,49 +304,53 @@ class _Run:
 
     def _save(self) -> Path:
         """Write a checkpoint of where the run is, and the plot. Old checkpoints go only after that."""
-        num_steps = self._recipe.schedule.steps
-        state = {**asdict(self._progress), "num_steps": num_steps, "fingerprint": fingerprint(self._recipe, self._kind)}
-        checkpoint = Checkpoint(state, self._learner.state())
-        folder = save_checkpoint(
-            self._output,
-            self._progress.step,
-            self._model,
-            checkpoint,
-            tokenizer_folder=self._origin.tokenizer_folder,
-        )
-        remove_old_checkpoints(self._output, keep=self._recipe.run.keep_checkpoints)
-        write_plot(self._output / "metrics.svg", read_metrics(self._output / "metrics.jsonl"))
+        tensors = self._learner.state()
+        folder = checkpoint_folder(self._output, self._progress.step)
+        with self._world.agreed():
+            if self._world.is_first:
+                self._write(folder, tensors)
         return folder
 
-    def _new(self, model: Lfm2) -> Learner:
+    def _write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        recipe, model = self._recipe, self._model
+        if self._world.size > 1:
+            model = whole_model(self._origin.config, tensors, self._dtype)
+        state = {**asdict(self._progress), "num_steps": recipe.schedule.steps, "fingerprint": self._fingerprint()}
+        save_checkpoint(folder, model, Checkpoint(state, tensors), tokenizer_folder=self._origin.tokenizer_folder)
+        remove_old_checkpoints(self._output, keep=recipe.run.keep_checkpoints)
+        write_plot(self._output / "metrics.svg", read_metrics(self._output / "metrics.jsonl"))
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What the recipe and the number of processes fix, as JSON has it."""
+        whole = fingerprint(self._recipe, self._kind) | {"processes": self._world.size}
+        return cast(dict[str, Any], json.loads(json.dumps(whole)))
+
+    def _new_weights(self) -> dict[str, Tensor]:
         origin, shape = self._origin, self._recipe.model.shape
         if origin.weights_folder is not None:
             weights = read_weights(origin.config, origin.weights_folder)
         else:
             assert shape is not None, "the recipe was checked"
             weights = random_weights(origin.config, std=shape.init_std, seed=self._recipe.run.seed)
-        return Learner(model, weights, self._recipe)
+        return {name: own_part(self._world, name, tensor) for name, tensor in weights.items()}
 
-    def _resumed(self, model: Lfm2, device: torch.device) -> Learner | None:
-        """The learner of the newest checkpoint, and `_progress` from it; None if there is no checkpoint."""
+    def _resumed(self) -> dict[str, Tensor] | None:
+        """This process's part of the newest checkpoint, and `_progress` from it; None if there is no checkpoint."""
         folders = checkpoint_folders(self._output)
         if not folders:
             return None
         folder = folders[-1]
         _check_shape(folder, self._origin.config)
-        checkpoint = load_checkpoint(folder, device=device)
+        checkpoint = load_checkpoint(folder, device=self._device, keep=functools.partial(own_part, self._world))
         state = checkpoint.state
-        now = json.loads(json.dumps(fingerprint(self._recipe, self._kind)))
-        if changed := differences(state["fingerprint"], now):
+        if changed := differences({"processes": 1} | state["fingerprint"], self._fingerprint()):
             raise UsageError(
                 f"{folder} was made by another recipe: {'; '.join(changed)}. Undo that, or name another run.output."
             )
         position = Position(**state["position"])
         self._progress = _Progress(**{f.name: state[f.name] for f in fields(_Progress)} | {"position": position})
-        learner = Learner(model, weights_in(checkpoint.tensors), self._recipe)
-        learner.load_optimizer_state(checkpoint.tensors)
         self._on_progress(f"resuming at step {self._progress.step} from {folder}")
-        return learner
+        return dict(checkpoint.tensors)
 
 
 def _check_shape(folder: Path, config: ModelConfig) -> None:

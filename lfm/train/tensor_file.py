@@ -1,7 +1,7 @@
 """Named tensors in one safetensors file, read and written with lfm's own reader: state of the optimizer, no pickles."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -25,8 +25,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         os.fsync(file.fileno())
 
 
-def read_tensors(path: Path, *, device: torch.device) -> dict[str, Tensor]:
-    """Read all tensors of a file onto `device`. Raises ModelError if it is missing, broken or of a dtype not ours."""
+def read_tensors(
+    path: Path, *, device: torch.device, keep: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+) -> dict[str, Tensor]:
+    """Read all tensors of a file, and put what `keep` makes of each onto `device`.
+
+    Raises ModelError if the file is missing, broken or of a dtype not ours.
+    """
     tensors = {}
     for name, entry in read_header(path).items():
         if entry.dtype not in _TORCH_DTYPES:
@@ -38,5 +43,5 @@ def read_tensors(path: Path, *, device: torch.device) -> dict[str, Tensor]:
                 num_read = file.readinto(tensor.view(-1).view(torch.uint8).numpy().data)
             if num_read != entry.num_bytes:
                 raise ModelError(f"{path} became shorter while it was read.")
-        tensors[name] = tensor.to(device)
+        tensors[name] = keep(name, tensor).to(device)
     return tensors

@@ -21,9 +21,11 @@ from lfm.protocol import SamplingParams
 from lfm.train import checkpoint as checkpoints
 from lfm.train import learner
 from lfm.train.checkpoint import checkpoint_folders
+from lfm.train.dataset import Dataset
 from lfm.train.metrics import StepMetrics, read_metrics
 from lfm.train.recipe import TrainRecipe, parse_recipe
 from lfm.train.session import Outcome, train
+from lfm.train.steps import StepReader
 from tests.train.models import recipe_dict
 
 torch.set_num_threads(1)
@@ -101,6 +103,32 @@ def test_steps_beyond_the_newest_checkpoint_are_done_again_with_the_same_result(
     again = run(raw)
     assert files_in(again.checkpoint)["model.safetensors"] == expected
     assert [m.loss for m in read_metrics(tmp_path / "run" / "metrics.jsonl")] == before
+
+
+def test_what_is_held_back_is_measured_and_never_learnt(tmp_path: Path) -> None:
+    raw = recipe_dict(tmp_path, save_every_steps=4) | {"schedule": {"steps": 10}}
+    raw["data"]["validation_rows"] = 7
+    outcome = run(raw)
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [m.step + 1 for m in metrics if m.validation_loss is not None] == [4, 8, 10]
+    assert metrics[9].validation_loss < metrics[3].validation_loss
+    config = resolve_model(str(outcome.checkpoint)).config
+    with torch.device("meta"):
+        model = Lfm2(config)
+    load_weights(model, outcome.checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+    dataset = Dataset(tmp_path / "run" / "data")
+    nll, count = 0.0, 0
+    for index in range(dataset.num_rows - 7, dataset.num_rows):
+        ids = dataset[index].ids.tolist()
+        logits = full_logits(model, [ids[:-1]])[0]
+        nll += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item()
+        count += len(ids) - 1
+    assert metrics[9].validation_loss == pytest.approx(nll / count, rel=1e-4)
+    reader = StepReader(dataset, batch_tokens=128, accumulation=1, seed=0, num_held_back=7)
+    assert reader.num_rows == dataset.num_rows - 7
+    raw["data"]["validation_rows"] = dataset.num_rows
+    with pytest.raises(UsageError, match=r"validation_rows=\d+ leaves none"):
+        run(raw | {"run": raw["run"] | {"output": str(tmp_path / "all")}})
 
 
 def test_a_compiler_that_fails_costs_speed_and_no_training(

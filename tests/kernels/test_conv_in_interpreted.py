@@ -15,7 +15,7 @@ from lfm.kernels.weights import Linear, Norm
 from tests.kernels.interpreted import IS_INTERPRETED, run_interpreted
 from tests.kernels.paged import batch_of, garbage
 
-HIDDEN = 24
+HIDDEN = 48
 Chunks = list[tuple[int, int, list[int]]]
 
 if not IS_INTERPRETED:
@@ -41,7 +41,7 @@ else:
         def __init__(self, window: int, num_blocks: int, *, has_bias: bool = False, is_fp8: bool = False) -> None:
             self.norm = Norm(1 + draw(HIDDEN, seed=1, std=0.1), 1e-5)
             biases = (draw(3 * HIDDEN, seed=4), draw(HIDDEN, seed=5)) if has_bias else (None, None)
-            self.in_proj = Linear(draw(3 * HIDDEN, HIDDEN, seed=2, std=0.3), biases[0])
+            self.in_proj = Linear(draw(3 * HIDDEN, HIDDEN, seed=2, std=0.2), biases[0])
             if is_fp8:
                 quantised, scale = quantise_rows(self.in_proj.weight)
                 self.in_proj = Linear(quantised, biases[0], scale)
@@ -81,6 +81,8 @@ else:
     def test_decode_rows_of_every_kernel(tokens: int, is_fp8: bool) -> None:
         """Few rows are fused with the projection, many are not."""
         layer = Layer(3, tokens + 1, is_fp8=is_fp8)
+        is_fused = stream_gemm.find_tile("conv_in", draw(tokens, HIDDEN), layer.in_proj.weight) is not None
+        assert is_fused == (tokens <= 16)
         for position in (0, 1, 2):
             chunks = [(position, position + 1, [row + 1]) for row in range(tokens)]
             layer.step(draw(tokens, HIDDEN, seed=position), chunks, 8)

@@ -18,17 +18,20 @@ _ALL = (
     Workload(name="decode-30k", requests=32, input_tokens=30_000, output_tokens=128, is_decode_only=True),
 )
 WORKLOADS = {workload.name: workload for workload in _ALL}
+# Not among all: what `bench serve` sends to a server. With --max-running N it is a closed loop of N clients.
+HTTP = Workload(name="http", requests=2048, input_tokens=1024, output_tokens=256, sampling="default")
 
 
 def find_workloads(names: str) -> list[Workload]:
     """The workloads that a comma-separated list names, or `all`. Raises UsageError for an unknown one."""
     if names.strip() == "all":
         return list(WORKLOADS.values())
-    found = []
+    found: list[Workload] = []
+    known = {**WORKLOADS, HTTP.name: HTTP}
     for name in filter(None, (part.strip() for part in names.split(","))):
-        if name not in WORKLOADS:
-            raise UsageError(f"--workload {name} is not known. Allowed: all, {', '.join(WORKLOADS)}.")
-        found.append(WORKLOADS[name])
+        if name not in known:
+            raise UsageError(f"--workload {name} is not known. Allowed: all, {', '.join(known)}.")
+        found.append(known[name])
     if not found:
         raise UsageError(f"--workload names nothing. Allowed: all, {', '.join(WORKLOADS)}.")
     return found

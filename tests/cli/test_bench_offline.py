@@ -51,6 +51,8 @@ def test_the_workloads_are_those_that_results_are_compared_under() -> None:
         "decode-30k": (32, 0, 30_000, 128),
     }
     assert find_workloads("all") == list(WORKLOADS.values())
+    (http,) = find_workloads("http")
+    assert (http.requests, http.input_tokens, http.output_tokens, http.sampling) == (2048, 1024, 256, "default")
 
 
 def test_only_decoding_is_timed_where_a_workload_says_so() -> None:

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from lfm.config import EnginePlan, ModelConfig
+from lfm.config import EnginePlan, KvDtype, ModelConfig
 from lfm.engine.build import assemble_engine
 from lfm.engine.engine import Engine
 from lfm.model.lfm2 import Lfm2
@@ -34,12 +34,12 @@ def small_config() -> ModelConfig:
     )  # fmt: skip
 
 
-def make(model: Lfm2, *, is_fast: bool, block_size: int = 64) -> Engine:
+def make(model: Lfm2, *, is_fast: bool, block_size: int = 64, kv_dtype: KvDtype = "auto") -> Engine:
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     plan = EnginePlan(
         device="cuda:0", dtype=dtype, max_model_len=1024, max_running=48, step_tokens=256,
         step_tokens_decoding=128, block_size=block_size, num_blocks=16384 // block_size, memory_fraction=0.9,
-        max_queue=64, plain_loop=not is_fast, prefix_caching=True, seed=0,
+        max_queue=64, plain_loop=not is_fast, prefix_caching=True, seed=0, kv_dtype=kv_dtype,
     )  # fmt: skip
     engine = assemble_engine(model, plan, num_ids=VOCAB, ops=FAST if is_fast else REFERENCE)
     engine.runner.cache.fill(float("nan"))

@@ -7,6 +7,7 @@ Policy around a block of tool calls:
 - After the block only the end of the turn is allowed. The model was seen to repeat the call as text there.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,14 +61,19 @@ def calls_grammar(
         block = call_block(grammar, tools, is_json=form == "json", is_parallel=is_parallel)
         start = seq((f"<[{start_id}]>",), block, (f"<[{end_id}]>",))
         if answer is not None and not is_required:
-            if answer.lark is not None:
-                raise SchemaError("cannot be combined with a Lark grammar; use response_format json_schema")
-            start = alt([start, _answer(grammar, answer)])
+            start = alt([start, ("@answer",) if answer.lark is not None else _answer(grammar, answer)])
         text = grammar.text(start)
     except SchemaError as error:
         raise RequestError(f"tools: the schema {error}.", param="tools", code="invalid_schema") from None
+    if answer is not None and answer.lark is not None and not is_required:
+        text = _with_lark(text, answer.lark)
     is_lazy = not is_required and answer is None
     return GrammarSpec(text=text, trigger_id=start_id if is_lazy else None)
+
+
+def _with_lark(text: str, lark: str) -> str:
+    """A grammar that refers to another one as @answer. The library keeps the rules and the lexers of the two apart."""
+    return json.dumps({"grammars": [{"lark_grammar": text}, {"name": "answer", "lark_grammar": lark}]})
 
 
 def answer_grammar(answer: AnswerFormat) -> GrammarSpec:

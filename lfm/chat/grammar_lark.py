@@ -76,7 +76,12 @@ def separated(item: Expr, low: int, high: int | None) -> Expr:
 
 def source(expr: Expr) -> str:
     """The expression as grammar text."""
-    return " ".join([encode_basestring(item) if isinstance(item, Literal) else item for item in expr]) or '""'
+    return " ".join([_quoted(item) if isinstance(item, Literal) else item for item in expr]) or '""'
+
+
+def _quoted(text: str) -> str:
+    """A literal of the library: a JSON string, but it does not take DEL as it is."""
+    return encode_basestring(text).replace("\x7f", "\\u007f")
 
 
 class GrammarWriter:

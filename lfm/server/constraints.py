@@ -14,7 +14,6 @@ from lfm.chat.grammar_tools import JSON_REQUEST, ToolChoice, ToolSet, call_form,
 from lfm.chat.messages import Message
 from lfm.chat.prompt import build_prompt
 from lfm.chat.tool_calls import CallForm
-from lfm.errors import RequestError
 from lfm.protocol import GrammarSpec
 from lfm.server.admission import check_text_size, in_thread_if_long, renaming
 from lfm.server.output_fields import OutputFields
@@ -33,8 +32,8 @@ class OutputRules:
         is_parallel: whether it may make several calls at once.
         form: how calls are written, those of earlier turns, too.
         system_note: what the system prompt must say for it.
-        answer: what an answer without calls must be; None: any text.
-        grammar: what the tokens of the output must spell, and `grammar_param`, the field that asks for it.
+        answer: what an answer without calls must be, and `answer_param`, the field that asks for it; None: any text.
+        grammar: what the tokens of the output must spell.
         reads_calls: whether blocks of calls in the output are tool calls.
         bans_calls: whether the token that opens a block is never sampled.
         notes: of what the request says and the grammar does not enforce.
@@ -46,8 +45,8 @@ class OutputRules:
     form: CallForm = "pythonic"
     system_note: str = ""
     answer: AnswerFormat | None = None
+    answer_param: str = "response_format"
     grammar: GrammarSpec | None = None
-    grammar_param: str = "tools"
     notes: tuple[str, ...] = ()
 
     @property
@@ -133,8 +132,15 @@ async def read_rules(messages: Sequence[Message], fields: OutputFields, *, state
 
 async def check_grammar(rules: OutputRules, *, state: AppState) -> None:
     """Have the grammar tried in a process of its own. Raises RequestError if no engine should be given it."""
-    if rules.grammar is not None:
-        await state.grammars.check(rules.grammar, param=rules.grammar_param)
+    if rules.grammar is None:
+        return
+    if not rules.reads_calls:
+        await state.grammars.check(rules.grammar, param=rules.answer_param)
+        return
+    if rules.answer is not None and rules.answer.lark is not None:
+        # By itself first: a walk into calls or answer may never come to the client's own grammar.
+        await state.grammars.check(answer_grammar(rules.answer), param=rules.answer_param)
+    await state.grammars.check(rules.grammar, param="tools")
 
 
 async def chat_prompt(
@@ -178,20 +184,15 @@ def _read_rules(messages: Sequence[Message], fields: OutputFields, state: AppSta
         form=form,
         system_note="" if is_told else f"{JSON_REQUEST}.",
         answer=answer,
+        answer_param=fields.format_param if answer is None or answer.lark is None else f"{fields.format_param}.grammar",
         notes=(*(() if tools is None else tools.notes), *notes),
     )
-    if answer is not None and answer.lark is not None and choice.mode == "auto":
-        raise RequestError(
-            f"{fields.format_param} of type grammar cannot be combined with tools. Send one of them, or another type.",
-            param=fields.format_param,
-        )
     if rules.reads_calls:
         return replace(rules, grammar=_calls_grammar(rules, state))
     if answer is None:
         return rules
-    param = fields.format_param if answer.lark is None else f"{fields.format_param}.grammar"
     with renaming("response_format", fields.format_param):
-        return replace(rules, grammar=answer_grammar(answer), grammar_param=param)
+        return replace(rules, grammar=answer_grammar(answer))
 
 
 def _calls_grammar(rules: OutputRules, state: AppState) -> GrammarSpec:

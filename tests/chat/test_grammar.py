@@ -1,5 +1,6 @@
 """What grammars of calls and answers allow and forbid, written out text by text, and where they begin and end."""
 
+import json
 import random
 
 import pytest
@@ -176,8 +177,36 @@ def test_tools_and_a_response_format_make_either_a_call_or_an_answer() -> None:
     assert not accepts(either, "[now()]", is_block=False, is_whole=False)
     only_calls = calls_grammar(TOOLS, special=SPECIAL, answer=answer, is_required=True)
     assert not accepts(only_calls, '{"a": 1}', is_block=False, is_whole=False)
-    with pytest.raises(RequestError, match="Lark"):
-        calls_grammar(TOOLS, special=SPECIAL, answer=AnswerFormat(lark='start: "a"'))
+
+
+def test_tools_and_a_lark_grammar_keep_their_names_apart() -> None:
+    """What the client calls its rules and terminals, and what it ignores, is no matter of ours."""
+    lark = 'start: T1 ("+" T1)* | r2 d0?\nT1: /[0-9]+/\nr2: "["\nd0: "yes"\nanswer: "x"\n%ignore " "\n'
+    answer, _ = parse_answer_format({"type": "grammar", "grammar": lark}, max_tokens=CONTEXT)
+    either = calls_grammar(TOOLS, special=SPECIAL, answer=answer)
+    assert either.trigger_id is None
+    for text in ("1", "1 + 23", "[", "[yes"):
+        assert accepts(either, text, is_block=False), text
+    for text in ("1+", "+", "x", "[now()]", "["):
+        is_block = text == "["
+        assert not accepts(either, text, is_block=is_block), text
+    assert accepts(either, "[now()]")
+    assert not accepts(either, "[now( )]", is_whole=False), "what the client ignores, it ignores in its answer"
+    only_calls = calls_grammar(TOOLS, special=SPECIAL, answer=answer, is_required=True)
+    assert not accepts(only_calls, "1", is_block=False, is_whole=False)
+
+
+@pytest.mark.parametrize("char", ["\x00", "\x1f", "\x7f", "\x85", "\u2028", "\ufeff", "\uffff", "\U0001f600"])
+@pytest.mark.parametrize("form", ["pythonic", "json"])
+def test_any_character_may_stand_in_names_and_choices(char: str, form: CallForm) -> None:
+    raw = {"type": "object", "properties": {char: {"enum": [char, f"{char}-", 1]}}, "required": [char]}
+    schema = read_schema(raw, param="p", max_tokens=CONTEXT)
+    spec = calls_grammar([ToolGrammar("f", schema)], special=SPECIAL, form=form)
+    ids = walk(spec, random.Random(1))
+    assert ids is not None
+    calls, _ = read_calls(ids)
+    for _, arguments in calls:
+        assert json.loads(arguments)[char] in (char, f"{char}-", 1)
 
 
 def test_a_model_without_call_tokens_cannot_have_tools() -> None:

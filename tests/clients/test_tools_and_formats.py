@@ -4,6 +4,7 @@ Such a model writes nonsense, so whatever is well formed here is so because of t
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -128,23 +129,31 @@ def test_parse_gives_an_object_of_the_users_own_type(client: openai.OpenAI, serv
     assert response.text.format.type == "json_schema"
 
 
-def test_tools_with_an_answer_format_give_one_or_the_other(client: openai.OpenAI, served: Served) -> None:
-    schema = City.model_json_schema()
-    answer = create(
-        client,
-        served,
-        tools=TOOLS,
-        response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema}},
-        n=6,
-        seed=3,
-    )
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"type": "json_schema", "json_schema": {"name": "city", "schema": City.model_json_schema()}},
+        {"type": "grammar", "grammar": 'start: "{" NAME "}"\nNAME: /"name": "[a-z]{1,5}"/'},
+    ],
+    ids=["json_schema", "grammar"],
+)
+def test_tools_with_an_answer_format_give_one_or_the_other(
+    client: openai.OpenAI, served: Served, value: dict[str, object]
+) -> None:
+    answer = create(client, served, tools=TOOLS, n=6, seed=3, extra_body={"response_format": value})
+    num_answers = 0
     for choice in answer.choices:
         for call in choice.message.tool_calls or []:
             check_call(call.function.name, call.function.arguments)
         if choice.message.content is not None:
             assert choice.message.tool_calls is None
             assert choice.finish_reason == "stop"
-            jsonschema.validate(json.loads(choice.message.content), schema)
+            num_answers += 1
+            if value["type"] == "json_schema":
+                City.model_validate_json(choice.message.content)
+            else:
+                assert re.fullmatch(r'\{"name": "[a-z]{1,5}"\}', choice.message.content)
+    assert num_answers in range(1, 6), "random weights do both"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +177,12 @@ def test_formats_beyond_openais_hold(
 
 
 def test_responses_call_functions_and_take_their_results(client: openai.OpenAI, served: Served) -> None:
-    fields: dict[str, Any] = {"tools": FLAT_TOOLS, "tool_choice": "required", "max_output_tokens": 1500}
+    fields: dict[str, Any] = {
+        "tools": FLAT_TOOLS,
+        "tool_choice": "required",
+        "max_output_tokens": 1500,
+        "extra_body": {"seed": 1},
+    }
     with client.responses.stream(model=served.model, input="Weather?", **fields) as stream:
         for _ in stream:
             pass
@@ -234,7 +248,12 @@ def test_anthropics_client_calls_a_tool(served: Served) -> None:
     with (
         anthropic.Anthropic(base_url=served.url, api_key=served.api_key, max_retries=0) as client,
         client.messages.stream(
-            model=served.model, max_tokens=1500, messages=MESSAGES, tools=tools, tool_choice={"type": "any"}
+            model=served.model,
+            max_tokens=1500,
+            messages=MESSAGES,
+            tools=tools,
+            tool_choice={"type": "any"},
+            extra_body={"seed": 1},
         ) as stream,
     ):
         for _ in stream:

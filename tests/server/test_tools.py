@@ -298,6 +298,22 @@ def test_tools_and_an_answer_format_together_allow_either(family: str) -> None:
 
 
 @family_of
+def test_a_lark_grammar_beside_tools_is_tried_by_itself_as_well(family: str) -> None:
+    """A walk into the grammar of calls or answer may go to the calls, and never see the client's own."""
+    client = AppClient()
+    lark = format_of(family, {"type": "grammar", "grammar": 'start: "yes" | "no"'})
+    whole(client, family, tools=tools_of(family), **lark)
+    assert grammar_of(client).trigger_id is None
+    assert isinstance(client.trial, TrialHere)
+    assert [spec == grammar_of(client) for spec in client.trial.tried] == [False, True]
+    for text in ("nonsense [", "start: start"):
+        bad = format_of(family, {"type": "grammar", "grammar": text})
+        where, _ = error_of(family, client.post(PATHS[family], body_of(family, tools=tools_of(family), **bad)))
+        assert where.startswith(f"{FORMAT_PARAM[family]}.grammar")
+    assert len(client.backend.requests) == 1
+
+
+@family_of
 @pytest.mark.parametrize(
     "value",
     [
@@ -567,9 +583,6 @@ def test_tools_that_do_not_fit_together_are_named(family: str) -> None:
         ("tools", {"tools": [tool] * 513}),
     ):
         assert where in error_of(family, client.post(PATHS[family], body_of(family, **fields)))[0]
-    lark = format_of(family, {"type": "grammar", "grammar": 'start: "a"'})
-    where, _ = error_of(family, client.post(PATHS[family], body_of(family, tools=[tool], **lark)))
-    assert where.startswith(FORMAT_PARAM[family])
     assert client.backend.requests == []
 
 

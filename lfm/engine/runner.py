@@ -3,6 +3,7 @@
 Features go beside this file, not into it.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from lfm.kernels.forward_batch import CacheTensors
 from lfm.model.lfm2 import Lfm2
 from lfm.model.ops import Ops
 from lfm.protocol import TokenLogprob
+
+logger = logging.getLogger(__name__)
 
 # Prompt tokens per pass over the head: bounds the logits of a prompt that asks for its log-probabilities.
 PROMPT_LOGPROBS_PASS = 256
@@ -72,6 +75,7 @@ class Runner:
         self._builder = builder
         self._graphs: DecodeGraphs | None = None
         self._chunk_graphs: ChunkGraphs | None = None
+        self._prepares = True
         self._device_rows = self._ends = np.zeros(0, dtype=np.int64)  # of the last step's rows
         self._flags = SampleFlags()
         self._flags_of: tuple[int, Ints] | None = None  # changes until then, and the rows that `_flags` is of
@@ -118,13 +122,17 @@ class Runner:
 
     def prepare(self) -> bool:
         """Use a moment without steps: capture a graph that some may ask for. False when there is none left."""
-        if self._graphs is None or self._chunk_graphs is None:
+        if self._graphs is None or self._chunk_graphs is None or not self._prepares:
             return False
         if torch.cuda.mem_get_info(self.rows.device)[0] < SPARE_BYTES:
             return False
         is_wanted = self._graphs.want_next() or self._chunk_graphs.want_next()
-        self.between_steps()
-        return is_wanted
+        try:
+            self.between_steps()
+        except Exception:  # a size that no step has asked for must not end the engine
+            logger.exception("a graph could not be captured ahead; from now on only those that steps ask for")
+            self._prepares = False
+        return is_wanted and self._prepares
 
     @torch.inference_mode()
     def forward(self, batch: ScheduledBatch) -> Forwarded:

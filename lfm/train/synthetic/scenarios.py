@@ -78,7 +78,8 @@ def parallel(draw: Draw) -> Episode:
     is_same = draw.chance(0.5)
     while len(requests) < count:
         if is_same:
-            requests.append(_with_tool(full_request(draw, requests[0].tool.intent), requests[0]))
+            new = _with_tool(full_request(draw, requests[0].tool.intent), requests[0])
+            requests += [new] if new is not None else []
         else:
             new = full_request(draw, any_intent(draw))
             if new.tool.intent.key not in [request.tool.intent.key for request in requests]:
@@ -129,12 +130,11 @@ def _called(draw: Draw, text: str, requests: Sequence[Request]) -> Episode:
     return Episode(tuple(messages), (Expected("calls"), Expected("text", tuple(facts))), tools)
 
 
-def _with_tool(request: Request, other: Request) -> Request:
-    """The same wish to another request's tool; it lacks only optional parameters, which the wish then loses."""
-    data = {slot: value for slot, value in request.data.items() if slot in other.tool.parameters}
-    if len(data) < len(request.data):
-        return other
-    return Request(other.tool, request.text, request.values, data)
+def _with_tool(request: Request, other: Request) -> Request | None:
+    """The same wish to another request's tool; None where that lacks a parameter that the wish names."""
+    if not request.data.keys() <= other.tool.parameters.keys():
+        return None
+    return Request(other.tool, request.text, request.values, request.data)
 
 
 def _near(draw: Draw, intent: Intent) -> list[Intent]:

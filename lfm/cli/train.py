@@ -1,7 +1,8 @@
 """`lfm train tokenizer|pretrain|sft|builtin`: train from a recipe, in this process.
 
 The same command resumes what was stopped. Ctrl-C ends after the step that runs, with a checkpoint; a second one ends
-at once.
+at once. `torchrun --nproc-per-node N -m lfm.cli train pretrain|sft RECIPE` does it with N processes, of which the first
+one talks.
 """
 
 import os
@@ -39,6 +40,7 @@ def tokenizer(recipe: RecipeArgument, dry_run: DryRunFlag = False, debug: option
     from lfm.train.recipe import TokenizerRecipe, read_recipe
     from lfm.train.tokenizer import run_recipe
 
+    _refuse_processes("tokenizer")
     settings = read_recipe(recipe, TokenizerRecipe)
     if dry_run:
         note(f"tokenizer: {settings.tokenizer.vocab_size:,} tokens, into {settings.tokenizer.output}")
@@ -77,6 +79,7 @@ def builtin(minutes: MinutesFlag = None, debug: options.DebugFlag = False) -> No
     from lfm.train.prepare import prepared_meanwhile
     from lfm.train.recipe import TrainRecipe, read_recipe
 
+    _refuse_processes("builtin")
     began_s = time.monotonic()
     paths = {stage: recipe_path(name) for stage, name in RECIPES.items()}
     tokenizer(paths["tokenizer"])
@@ -111,21 +114,35 @@ def _train(path: Path, kind: Literal["pretrain", "sft"], *, dry_run: bool, minut
         _describe(recipe)
         return None
     from lfm.train.session import train as train_model
+    from lfm.train.world import PeerError
 
     with _interrupts() as was_interrupted, _phases() as phases:
-        outcome = train_model(
-            recipe,
-            kind,
-            minutes=recipe.run.minutes if minutes is None else minutes,
-            should_stop=was_interrupted,
-            on_progress=phases,
-        )
+        try:
+            outcome = train_model(
+                recipe,
+                kind,
+                minutes=recipe.run.minutes if minutes is None else minutes,
+                should_stop=was_interrupted,
+                on_progress=phases,
+            )
+        except PeerError as error:
+            raise typer.Exit(error.exit_code) from error  # the process that failed has said why
         state = "finished" if outcome.is_finished else "stopped; the same command goes on"
         loss = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
-        phases.finish(f"{state} after {outcome.num_steps} steps{loss}: {outcome.checkpoint}")
+        if _is_first_process():
+            phases.finish(f"{state} after {outcome.num_steps} steps{loss}: {outcome.checkpoint}")
     if was_interrupted() and not outcome.is_finished:
         raise typer.Exit(EXIT_INTERRUPTED)
     return outcome.checkpoint if outcome.is_finished else None
+
+
+def _is_first_process() -> bool:
+    return (os.environ.get("RANK") or "0") == "0"
+
+
+def _refuse_processes(command: str) -> None:
+    if (size := os.environ.get("WORLD_SIZE") or "1") != "1":
+        raise UsageError(f"lfm train {command} is one process, and this is one of {size}. Start it without torchrun.")
 
 
 @contextmanager

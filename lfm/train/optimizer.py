@@ -107,7 +107,7 @@ class Muon(torch.optim.Optimizer):
 
     def _look_ahead(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
         """Nesterov's look-ahead of the averaged gradients."""
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)

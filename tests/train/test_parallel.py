@@ -1,0 +1,93 @@
+"""Several processes, as torchrun starts them, against one: the same training, the same files."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lfm.errors import UsageError
+from lfm.train.checkpoint import checkpoint_folders
+from lfm.train.metrics import StepMetrics, read_metrics
+from lfm.train.recipe import TrainRecipe, parse_recipe
+from lfm.train.session import train
+from lfm.train.tensor_file import read_tensors
+from tests.train.models import recipe_dict
+from tests.train.test_cli import ROOT, write_toml
+from tests.train.test_session import files_in, without_times
+
+torch.set_num_threads(1)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lfm.cli"]
+
+
+def small_recipe(tmp_path: Path, name: str, *, accumulation: int) -> dict[str, Any]:
+    """Five experts and an odd width: nothing divides evenly by two processes."""
+    raw = recipe_dict(tmp_path, output=str(tmp_path / name), save_every_steps=3)
+    raw["model"]["shape"] |= {"num_experts": 5, "intermediate_size": 45}
+    raw["batch"]["accumulation"] = accumulation
+    raw["data"]["validation_rows"] = 7
+    return raw | {"schedule": {"steps": 6, "warmup_steps": 2}}
+
+
+def run_processes(recipe: Path) -> "subprocess.CompletedProcess[str]":
+    command = [*TORCHRUN, "train", "pretrain", str(recipe)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def losses_in(folder: Path) -> list[StepMetrics]:
+    return read_metrics(folder / "metrics.jsonl")
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_steps_of_one_and_resume_bit_for_bit(tmp_path: Path) -> None:
+    alone = train(
+        parse_recipe(small_recipe(tmp_path, "alone", accumulation=2), TrainRecipe, origin="recipe.toml"),
+        "pretrain",
+        on_progress=lambda line: None,
+    )
+    raw = small_recipe(tmp_path, "two", accumulation=1)
+    recipe = write_toml(tmp_path / "recipe.toml", raw)
+    done = run_processes(recipe)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("finished after 6 steps") == 1
+    for mine, theirs in zip(losses_in(tmp_path / "two"), losses_in(tmp_path / "alone"), strict=True):
+        assert (mine.tokens, mine.targets, mine.epoch) == (theirs.tokens, theirs.targets, theirs.epoch)
+        is_validated = mine.step in (2, 5)
+        assert (mine.validation_loss is not None) == is_validated
+        for name in ("loss", "router_z_loss", "grad_norm", "balance", *["validation_loss"] * is_validated):
+            assert getattr(mine, name) == pytest.approx(getattr(theirs, name), rel=1e-4), name
+    folder = checkpoint_folders(tmp_path / "two")[-1]
+    whole = read_tensors(alone.checkpoint / "training" / "state.safetensors", device=torch.device("cpu"))
+    parts = read_tensors(folder / "training" / "state.safetensors", device=torch.device("cpu"))
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-2, atol=2e-4, msg=name)
+
+    expected, before = without_times(files_in(folder)), [m.loss for m in losses_in(tmp_path / "two")]
+    shutil.rmtree(folder)
+    assert checkpoint_folders(tmp_path / "two")[-1].name == "step-00000003"
+    done = run_processes(recipe)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 3" in done.stderr
+    again = without_times(files_in(folder))
+    assert [name for name in expected if again[name] != expected[name]] == []
+    assert [m.loss for m in losses_in(tmp_path / "two")] == before
+
+    with pytest.raises(UsageError, match=r"processes was 2, is 1"):
+        train(parse_recipe(raw, TrainRecipe, origin="recipe.toml"), "pretrain", on_progress=lambda line: None)
+
+
+@pytest.mark.slow
+def test_an_error_of_the_first_process_ends_all_of_them_with_its_message(tmp_path: Path) -> None:
+    raw = small_recipe(tmp_path, "run", accumulation=1)
+    path = Path(raw["data"]["files"][0])
+    path.write_text(path.read_text()[:-20])
+    done = run_processes(write_toml(tmp_path / "recipe.toml", raw))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "is not JSON" in errors[0]
+    assert json.dumps("bug in lfm") not in done.stderr

@@ -3,11 +3,23 @@
 Nothing else is imported here: the worker has little memory and should start fast.
 """
 
+import re
 from collections.abc import Callable, Sequence
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 MAX_ERROR_CHARS = 300
+DEAD_END = "it comes to a place where nothing is allowed"
+
+# What the library says, and what it means to whoever wrote the grammar.
+_MEANINGS = {
+    "NoExtension": DEAD_END,
+    "Too many items": "it can be read in too many ways at once",
+    "too big": "it is too large",
+    "LexerTooComplex": "its terminals are too complex",
+    "fuel": "its terminals are too complex",
+}
+_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): ")
 
 # Runs of text in either of Python's quotes. Where a whole run is allowed, its tokens need no look of their own.
 STRING_RUNS = [r"""[^"'\\\x00-\x1F\x7F]{1,10}""", r"""[^"'\\\x00-\x1F\x7F]{1,30}""", r"""[^"'\\\x00-\x1F\x7F]+"""]
@@ -57,6 +69,15 @@ def compile_grammar(tokenizer: LLTokenizer, text: str) -> LLMatcher:
 
 
 def readable_error(matcher: LLMatcher) -> str | None:
-    """The first line of the library's complaint, or None. To be asked after every call: the library does not raise."""
+    """What went wrong, in one line, or None. To be asked after every call: the library does not raise."""
     text = matcher.get_error()
-    return text.split("\n", 1)[0][:MAX_ERROR_CHARS] if text else None
+    if not text:
+        return None
+    line: str = text.split("\n", 1)[0]
+    for words, meaning in _MEANINGS.items():
+        if words in line:
+            return meaning
+    place = _PLACE.match(line)
+    if place:  # the first line says only that this is a grammar; what its writer wrote begins below it
+        line = f"line {int(place[1]) - 1}, column {place[2]}: {line[place.end() :]}"
+    return line[:MAX_ERROR_CHARS].removesuffix(":")

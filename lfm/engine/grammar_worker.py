@@ -23,7 +23,7 @@ from typing import IO
 import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
-from lfm.engine.grammar_library import TokenTable, compile_grammar, readable_error
+from lfm.engine.grammar_library import DEAD_END, TokenTable, compile_grammar, readable_error
 from lfm.errors import InternalError, RequestError
 from lfm.protocol import GrammarSpec
 
@@ -218,7 +218,7 @@ def _walk(matcher: LLMatcher, choice: random.Random, stop_ids: frozenset[int]) -
             return error
         token_id = _some_token(mask, choice, stop_ids)
         if token_id is None:
-            return None if matcher.is_accepting() else "it comes to a place where nothing is allowed"
+            return None if matcher.is_accepting() else DEAD_END
         matcher.consume_token(token_id)
         if (error := readable_error(matcher)) is not None:
             return error

@@ -130,6 +130,23 @@ def test_a_trial_walks_some_tokens_into_the_grammar(table: TokenTable) -> None:
     assert try_grammar(tokenizer, 'start: "a" "b" K\nK: /x/ & /y/', stop_ids=stop_ids) is not None
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("start: start", "it comes to a place where nothing is allowed"),
+        ("start: K\nK: /a/ & /b/", "it comes to a place where nothing is allowed"),
+        ('start: "a" start', "it can be read in too many ways at once"),
+        ("start: x\nx: other", 'line 2, column 4: unknown name: "other"'),
+        ('start: "a', "line 1, column 10: lexer error"),
+        ('A: "x"', "no start rule found"),
+        ("start: /(/", 'line 1, column 8: invalid regex "(" (in regex): regex parse error'),
+    ],
+    ids=["no text", "no match", "no end", "unknown name", "syntax", "no start", "regex"],
+)
+def test_what_is_wrong_is_said_in_words_and_places_of_the_writer(table: TokenTable, text: str, words: str) -> None:
+    assert try_grammar(table.compiled(), f"%llguidance {{}}\n{text}", stop_ids=frozenset(table.stop_ids)) == words
+
+
 @pytest.mark.slow
 def test_a_worker_ends_when_its_parent_is_gone(trial: GrammarTrial) -> None:
     trial.check(GOOD)

@@ -64,7 +64,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the tokens of one sequence must spell: Lark in llguidance's dialect, or its list of several such.
 
-    `lfm.chat.grammar` makes them. `trigger_id` None: the grammar holds from the first output token. Else all is free until that token is sampled, and
+    `trigger_id` None: the grammar holds from the first output token. Else all is free until that token is sampled, and
     the grammar begins with it. A finished grammar allows the stop tokens alone, and these then end the sequence.
     """
 

@@ -29,7 +29,12 @@ class Chat:
 
     async def prepare(self, request: ChatRequest, *, call: Call) -> Prepared:
         turn = await plan_turn(
-            request.messages, request.output_fields, state=call.state, num_bytes=call.num_bytes, param="messages"
+            request.messages,
+            request.output_fields,
+            state=call.state,
+            tenant=call.owner,
+            num_bytes=call.num_bytes,
+            param="messages",
         )
         server_tools = ServerTools(request.search_tools)
         citations = server_tools.citations

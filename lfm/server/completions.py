@@ -35,7 +35,7 @@ class Completions:
             for given, prompt_ids in zip(request.prompt, prompts, strict=True):
                 echoed.append(given if isinstance(given, str) else shown_prompt(prompt_ids, tokenizer))
         rules = await read_rules((), request.output_fields, state=call.state)
-        await check_grammar(rules, state=call.state)
+        await check_grammar(rules, state=call.state, tenant=call.owner)
         shape = partial(CompletionShape, echoed=echoed, special_ids=tokenizer.special_ids)
         return Prepared(prompts, shape, list(rules.notes), rules)
 

@@ -75,6 +75,7 @@ async def plan_turn(
     fields: OutputFields,
     *,
     state: AppState,
+    tenant: str,
     num_bytes: int,
     param: str,
     add_generation_prompt: bool = True,
@@ -82,11 +83,12 @@ async def plan_turn(
     """Read the fields, try the grammar, build the prompt. Raises RequestError for whatever is wrong with the request.
 
     Args:
+        tenant: who asks; see `Grammars.check`.
         num_bytes: about how long all of it is.
         param: what the client calls the messages.
     """
     rules = await read_rules(messages, fields, state=state)
-    await check_grammar(rules, state=state)
+    await check_grammar(rules, state=state, tenant=tenant)
     prompt_ids = await chat_prompt(
         messages, rules, state=state, num_bytes=num_bytes, param=param, add_generation_prompt=add_generation_prompt
     )
@@ -101,7 +103,7 @@ async def with_messages(
     return replace(turn, messages=messages, prompt_ids=prompt_ids)
 
 
-async def plan_next_turn(turn: Turn, more: Sequence[Message], *, state: AppState, param: str) -> Turn:
+async def plan_next_turn(turn: Turn, more: Sequence[Message], *, state: AppState, tenant: str, param: str) -> Turn:
     """The turn after tools were run in the server: `more` are the calls that the model made, and their results.
 
     Tools and form stay, so that its prompt begins with the last one's. A model that had to call may now answer: one
@@ -110,16 +112,16 @@ async def plan_next_turn(turn: Turn, more: Sequence[Message], *, state: AppState
     rules = turn.rules
     if rules.choice.mode == "required":
         rules = await asyncio.to_thread(_without_obligation, rules, state)
-        await check_grammar(rules, state=state)
+        await check_grammar(rules, state=state, tenant=tenant)
     messages = [*turn.messages, *more]
     num_bytes = sum(len(message.text) for message in messages)
     return await with_messages(replace(turn, rules=rules), messages, state=state, num_bytes=num_bytes, param=param)
 
 
-async def with_tools(turn: Turn, names: frozenset[str], *, state: AppState) -> Turn:
+async def with_tools(turn: Turn, names: frozenset[str], *, state: AppState, tenant: str) -> Turn:
     """The same turn and prompt, but only these of its tools may be called."""
     rules = await asyncio.to_thread(_restricted, turn.rules, names, state)
-    await check_grammar(rules, state=state)
+    await check_grammar(rules, state=state, tenant=tenant)
     return replace(turn, rules=rules)
 
 
@@ -130,17 +132,18 @@ async def read_rules(messages: Sequence[Message], fields: OutputFields, *, state
     return await asyncio.to_thread(_read_rules, messages, fields, state)
 
 
-async def check_grammar(rules: OutputRules, *, state: AppState) -> None:
+async def check_grammar(rules: OutputRules, *, state: AppState, tenant: str) -> None:
     """Have the grammar tried in a process of its own. Raises RequestError if no engine should be given it."""
     if rules.grammar is None:
         return
+    check = partial(state.grammars.check, tenant=tenant)
     if not rules.reads_calls:
-        await state.grammars.check(rules.grammar, param=rules.answer_param)
+        await check(rules.grammar, param=rules.answer_param)
         return
     if rules.answer is not None and rules.answer.lark is not None:
         # By itself first: a walk into calls or answer may never come to the client's own grammar.
-        await state.grammars.check(answer_grammar(rules.answer), param=rules.answer_param)
-    await state.grammars.check(rules.grammar, param="tools")
+        await check(answer_grammar(rules.answer), param=rules.answer_param)
+    await check(rules.grammar, param="tools")
 
 
 async def chat_prompt(

@@ -40,7 +40,7 @@ class Messages:
 
     async def prepare(self, request: MessagesRequest, *, call: Call) -> Prepared:
         rules = await read_rules(request.conversation, request.output_fields, state=call.state)
-        await check_grammar(rules, state=call.state)
+        await check_grammar(rules, state=call.state, tenant=call.owner)
         prompt_ids = await _prompt_ids(request, rules, state=call.state, num_bytes=call.num_bytes)
         turn = Turn(messages=request.conversation, rules=rules, prompt_ids=prompt_ids)
         server_tools = ServerTools(request.search_tools)

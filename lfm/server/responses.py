@@ -40,7 +40,9 @@ class Responses:
         if request.instructions is not None:  # those of earlier responses are not carried over
             messages.insert(0, Message(role="system", content=request.instructions))
         num_bytes = call.num_bytes + sum(len(message.text) for message in messages)
-        turn = await plan_turn(messages, request.output_fields, state=call.state, num_bytes=num_bytes, param="input")
+        turn = await plan_turn(
+            messages, request.output_fields, state=call.state, tenant=call.owner, num_bytes=num_bytes, param="input"
+        )
 
         async def store(response: Json) -> None:
             await call.state.responses.put(

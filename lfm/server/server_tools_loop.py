@@ -259,12 +259,12 @@ class ToolLoop:
                 for call, run in zip(calls, runs, strict=True)
             ),
         ]
-        self._turn = await plan_next_turn(self._turn, more, state=self._state, param=self._param)
+        self._turn = await plan_next_turn(self._turn, more, state=self._state, tenant=self._tenant, param=self._param)
         used_up = {name for name, tool in self._tools.items() if not self._may_use(tool)}
         assert self._turn.rules.tools is not None, "tools were called"
         if used_up:
             names = frozenset(self._turn.rules.tools.names) - used_up
-            self._turn = await with_tools(self._turn, names, state=self._state)
+            self._turn = await with_tools(self._turn, names, state=self._state, tenant=self._tenant)
         await self._generation.aclose()
         self._past = [self.num_prompt_tokens, self.num_cached_tokens, self.num_output_tokens]
         self._generation = self._generate(self._turn, left)

@@ -32,6 +32,7 @@ START_S = 60.0
 MEMORY_BYTES = 1024**3
 MAX_FRAME_BYTES = 64 * 1024**2
 MAX_REMEMBERED = 4096
+REFUSED_S = 60.0  # so long a grammar that killed the worker is refused without another try: many agents may send it
 NUM_WALKS = 3
 WALK_TOKENS = 24
 STACK_BYTES = 4 * 1024**2  # an eighth of what the engine's grammar threads have: what fits here fits there
@@ -61,6 +62,7 @@ class GrammarTrial:
         self._process: subprocess.Popen[bytes] | None = None
         self._passed: OrderedDict[bytes, None] = OrderedDict()
         self._passed_lock = threading.Lock()
+        self._killed: dict[bytes, tuple[float, Verdict]] = {}  # what killed the worker lately, until when it is refused
 
     def has_passed(self, spec: GrammarSpec) -> bool:
         """Whether `check` has nothing left to try. Never waits for the trial of another grammar."""
@@ -74,9 +76,11 @@ class GrammarTrial:
         with self._lock:
             if self._remembers(key):  # somebody else's request had it tried meanwhile
                 return
-            verdict = self._try(spec.text)
+            verdict = self._known_killer(key) or self._try(spec.text)
             if verdict.error is None:
                 self._remember(key)
+            elif self._process is None:
+                self._killed.setdefault(key, (time.monotonic() + REFUSED_S, verdict))
         if verdict.error is not None:
             raise RequestError(
                 f"{param} makes a grammar that cannot be used: {verdict.error}. Make it simpler.",
@@ -95,6 +99,11 @@ class GrammarTrial:
                 return False
             self._passed.move_to_end(key)
             return True
+
+    def _known_killer(self, key: bytes) -> Verdict | None:
+        now = time.monotonic()
+        self._killed = {one: entry for one, entry in self._killed.items() if entry[0] > now}
+        return self._killed[key][1] if key in self._killed else None
 
     def _remember(self, key: bytes) -> None:
         with self._passed_lock:

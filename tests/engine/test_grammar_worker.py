@@ -80,6 +80,27 @@ def test_a_bad_grammar_costs_its_own_request_only(trial: GrammarTrial, text: str
 
 
 @pytest.mark.slow
+def test_what_killed_the_worker_is_not_tried_again_at_once(
+    trial: GrammarTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many agents may send the same tools."""
+    killer = GrammarSpec(text=chain(60_000))
+    for _ in range(2):
+        with pytest.raises(RequestError, match="failed"):
+            trial.check(killer)
+        assert trial._process is None
+    trial.check(GOOD)
+    alive = trial._process
+    with pytest.raises(RequestError, match="failed"):
+        trial.check(killer)
+    assert trial._process is alive, "it was not tried"
+    monkeypatch.setattr(trial, "_killed", {key: (0.0, entry[1]) for key, entry in trial._killed.items()})
+    with pytest.raises(RequestError, match="failed"):
+        trial.check(killer)
+    assert trial._process is None, "after a while it was"
+
+
+@pytest.mark.slow
 def test_a_worker_that_eats_memory_costs_its_own_request_only(trial: GrammarTrial) -> None:
     """What it takes beyond its limit is refused, and the library does not survive that."""
     program = "from lfm.engine import grammar_worker as w; w._limit_resources(); bytearray(2 * w.MEMORY_BYTES)"

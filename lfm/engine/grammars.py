@@ -27,6 +27,7 @@ from lfm.protocol import ErrorInfo
 
 logger = logging.getLogger(__name__)
 
+COMPILE_S = 30.0  # a grammar that passed its trial compiled there in 5 s
 MASK_S = 1.0  # a mask takes 15 ms at worst by the library's own limits; more means that it hangs, or the machine does
 MAX_STUCK = 4  # masks that may hang in one step; after them, all that are not filled count as late
 
@@ -104,7 +105,7 @@ class Grammars:
 
     def take_compiled(self) -> list[Failure]:
         """Give the sequences whose grammars are ready their constraint; returns those whose grammars are none."""
-        failures = []
+        failures = self._late_compilations()
         for sequence, future in list(self._compiling.values()):
             if not future.done():
                 continue
@@ -120,6 +121,24 @@ class Grammars:
                 reports_logprobs = sequence.request.sampling.logprobs is not None
                 constraint = Constraint(matcher, min_chunk=NEVER if reports_logprobs else self.min_chunk)
                 self._scheduler.release(sequence, constraint)
+        return failures
+
+    def _late_compilations(self) -> list[Failure]:
+        """Leave a thread that hangs alone with its grammar; another one goes on with the others."""
+        assert self._cache is not None
+        if self._cache.busy_s < COMPILE_S:
+            return []
+        stuck = {sequence.request.grammar for sequence, future in self._compiling.values() if future.running()}
+        self._cache.abandon_helper()
+        failures = []
+        for sequence, future in list(self._compiling.values()):
+            grammar = sequence.request.grammar
+            assert grammar is not None
+            if grammar in stuck:
+                del self._compiling[sequence.id]
+                failures.append(Failure(sequence, _LATE))
+            elif future.cancelled():
+                self._compiling[sequence.id] = (sequence, self._cache.prepare(grammar))
         return failures
 
     # -- masks ---------------------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher, LLTokenizer
 
 from lfm.config import EnginePlan
-from lfm.engine import grammars
+from lfm.engine import grammar_masks, grammars
 from lfm.engine.constraint import NEVER
 from lfm.engine.engine import Engine
 from lfm.engine.grammar_library import TokenTable
@@ -389,6 +390,33 @@ def test_an_abort_ends_a_request_whose_grammar_is_being_compiled() -> None:
             assert event.request_id == "b"
             ids += event.token_ids
     assert spelt(ids) == "ab:10"
+
+
+def test_a_grammar_that_compiles_for_ever_costs_its_own_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "COMPILE_S", 2.0)
+    gate, num_tried = threading.Event(), 0
+    compile_grammar = grammar_masks.compile_grammar
+
+    def hang(tokenizer: LLTokenizer, text: str) -> LLMatcher:
+        nonlocal num_tried
+        if text == "start: /x/":
+            num_tried += 1
+            assert gate.wait(60)
+        return compile_grammar(tokenizer, text)
+
+    monkeypatch.setattr(grammar_masks, "compile_grammar", hang)
+    endless = GrammarSpec(text="start: /x/")
+    found = run(
+        engine_of(),
+        [request(name, endless) for name in ("a", "b")] + [request(name, GRAMMARS["one text"]) for name in ("c", "d")],
+    )
+    gate.set()
+    for name in ("a", "b"):
+        _, end = found[name]
+        assert end.error is not None
+        assert end.error.code == "grammar_timeout"
+    assert [spelt(found[name][0]) for name in ("c", "d")] == ["ab:10"] * 2
+    assert num_tried == 1, "the second request of that grammar does not hang another thread"
 
 
 class BrokenMatcher(GrammarMatcher):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lfm.cli import service
-from lfm.config import EngineConfig, ServerConfig
+from lfm.config import EngineConfig, ServerConfig, default_model
 from lfm.engine import plan as plan_module
 from lfm.engine.machine import Machine
 from lfm.errors import InternalError, LfmError, MachineError, ModelError, UsageError
@@ -127,7 +127,7 @@ def test_the_environment_is_read_when_the_command_starts(
         (["serve", "--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
         (["serve", "--api-workers", "65"], "--api-workers 65 is out of range. Allowed: 1 to 64."),
         (["serve", "--memory-fraction", "nan"], "--memory-fraction nan is out of range"),
-        (["serve", "--revision", "main", "--port", "0"], "--revision main is of no use with random:tiny"),
+        (["serve", "--revision", "main", "--port", "0"], f"--revision main is of no use with {default_model()}"),
         (["serve", "--nothing"], "No such option: --nothing"),
         (["serv"], "No such command 'serv'. Did you mean 'serve'?"),
         (["generate"], "Missing argument '[MODEL] PROMPT'. See lfm generate --help."),

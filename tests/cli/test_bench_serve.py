@@ -8,7 +8,7 @@ import pytest
 from lfm.cli.load import Percentiles, Target, gaps_of, prefix_hit_share, summarize
 from lfm.cli.load_client import Answer, words
 from lfm.cli.load_shapes import BACKGROUND, Load, agent_scripts, load_scripts, long_prompt_scripts
-from lfm.config import ServerConfig
+from lfm.config import ServerConfig, default_model
 from lfm.errors import RequestError
 from tests.cli.conftest import Lfm
 from tests.server.fakes import MODEL, FakeBackend, serving
@@ -235,7 +235,7 @@ def test_without_a_url_it_starts_and_stops_a_server_of_its_own(lfm: Lfm) -> None
     done = lfm("bench", "serve", "--requests", "4", "--output-tokens", "5", "--device", "cpu")
     assert done.code == 0
     report = json.loads(done.out.splitlines()[-1])
-    assert (report["model"], report["failed"], report["output_tokens"]) == ("random:tiny", 0, 5.0)
+    assert (report["model"], report["failed"], report["output_tokens"]) == (default_model(), 0, 5.0)
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ def test_a_stopped_answer_leaves_the_model_usable() -> None:
 
 def test_a_model_in_this_process_finds_its_earlier_turns_in_the_cache(lfm: Lfm) -> None:
     lines = "A question that is longer than one block of the cache\nAnd another\n"
-    done = lfm("chat", "--temperature", "0", "--max-tokens", "8", stdin=lines)
+    done = lfm("chat", "random:tiny", "--temperature", "0", "--max-tokens", "8", stdin=lines)
     assert done.code == 0
     assert "Talking with random:tiny" in done.err
     assert done.err.count("8 out") == 2

@@ -25,7 +25,7 @@ def greedy(llm: LLM) -> SamplingParams:
 
 
 def test_a_prompt_is_a_user_message(lfm: Lfm, llm: LLM) -> None:
-    done = lfm("generate", "Hello", *GREEDY)
+    done = lfm("generate", "random:tiny", "Hello", *GREEDY)
     assert done.code == 0
     assert done.out == llm.chat([Message(role="user", content="Hello")], sampling=greedy(llm)).text + "\n"
     assert "random:tiny is loaded on cpu in float32" in done.err

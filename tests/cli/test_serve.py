@@ -96,7 +96,7 @@ def answers(call: str, *, key: str | None = None) -> str:
 def test_it_prints_a_call_that_works_when_pasted_and_ends_cleanly(
     start_lfm: Start, tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = start_lfm("serve", "--port", "0", LFM_DEVICE="cpu")
+    process = start_lfm("serve", "random:tiny", "--port", "0", LFM_DEVICE="cpu")
     lines = read_welcome(process)
     assert lines[0].startswith("Serving random:tiny at http://127.0.0.1:")
     text = "\n".join(lines)
@@ -112,7 +112,7 @@ def test_it_prints_a_call_that_works_when_pasted_and_ends_cleanly(
 
 @pytest.mark.slow
 def test_a_running_stream_is_drained(start_lfm: Start) -> None:
-    process = start_lfm("serve", "--port", "0", LFM_DEVICE="cpu")
+    process = start_lfm("serve", "random:tiny", "--port", "0", LFM_DEVICE="cpu")
     url, _, _ = words_of(read_welcome(process)[-1].strip())
     body = {
         "model": "random:tiny",

@@ -3,12 +3,10 @@
 A checkpoint is written under another name, flushed to the disk and then renamed, so what is called `step-N` is whole.
 """
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lfm.errors import MachineError, ModelError
+from lfm.errors import ModelError
 from lfm.model.lfm2 import Lfm2
 from lfm.model.sizes import format_bytes
 from lfm.model.weights import save_weights
+from lfm.train.disk import full_disk_is_told
 from lfm.train.tensor_file import read_tensors, write_tensors
 
 _STATE, _TENSORS = "state.json", "state.safetensors"
@@ -49,7 +48,10 @@ def save_checkpoint(folder: Path, model: Lfm2, checkpoint: Checkpoint, *, tokeni
     partial = folder.with_name(f"{folder.name}.partial")
     if folder.is_dir():
         return
-    with _disk_errors(folder, checkpoint.tensors):
+    needed = format_bytes(sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
+    with full_disk_is_told(
+        f"the checkpoint {folder} needs some {needed} more than the weights, and earlier ones are untouched"
+    ):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             _write_all(partial, model, checkpoint, tokenizer_folder)
@@ -120,17 +122,3 @@ def _flush(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-@contextmanager
-def _disk_errors(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        needed = format_bytes(sum(tensor.nbytes for tensor in tensors.values()))
-        raise MachineError(
-            f"The disk is full: the checkpoint {folder} needs some {needed} more than the weights. Earlier checkpoints "
-            "are untouched. Free some space; the same command resumes from the newest."
-        ) from error

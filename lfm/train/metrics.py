@@ -8,6 +8,8 @@ from typing import IO
 
 import msgspec
 
+from lfm.train.disk import full_disk_is_told
+
 
 class StepMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """One optimizer step. Losses are means over its target tokens; `tokens` counts all inputs since the run began.
@@ -39,13 +41,15 @@ class MetricsLog:
         self._path = path
         kept = [line for line in _lines(path) if _step_of(line) < first_step]
         partial = path.with_name(f"{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
+        with full_disk_is_told(f"{partial} cannot be written"):
+            partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(path)
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
-        self._file.write(msgspec.json.encode(metrics).decode() + "\n")
-        self._file.flush()
+        with full_disk_is_told(f"{self._path} cannot take the metrics of step {metrics.step + 1}"):
+            self._file.write(msgspec.json.encode(metrics).decode() + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

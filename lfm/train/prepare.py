@@ -20,8 +20,9 @@ from typing import Any, Literal
 import msgspec
 
 from lfm.chat.tokenizer import Tokenizer
-from lfm.errors import InternalError, LfmError, RequestError, UsageError
+from lfm.errors import InternalError, LfmError, MachineError, RequestError, UsageError
 from lfm.train.dataset import Row, ShardInfo, read_manifest, shard_as_dict, write_manifest, write_shard
+from lfm.train.disk import full_disk_is_told
 from lfm.train.examples import document_rows, every_token, load_tokenizer, read_examples, sft_row
 from lfm.train.recipe import DataSettings, SyntheticSettings
 
@@ -77,7 +78,7 @@ def prepare(
 def prepared_meanwhile(
     data: DataSettings, kind: Kind, *, tokenizer_folder: Path, folder: Path
 ) -> Iterator[Callable[[], None]]:
-    """Prepare in the background, on half of the cores; the body calls what it is given to wait for the end.
+    """Prepare in the background, on all but three of the cores; the body calls what it is given to wait for the end.
 
     Leaving the body stops what is not done. Errors are those of `prepare`, raised where the body waits.
     """
@@ -89,7 +90,7 @@ def prepared_meanwhile(
             kind,
             tokenizer_folder=tokenizer_folder,
             folder=folder,
-            num_processes=max(2, (os.cpu_count() or 1) // 2),
+            num_processes=max(2, (os.cpu_count() or 1) - 3),
             should_stop=is_over.is_set,
             on_progress=lambda line: None,
         )
@@ -103,7 +104,8 @@ def run_job(job: Job) -> ShardInfo:
     """Write one shard, in this process."""
     tokenizer = load_tokenizer(Path(job.tokenizer))
     rows = _file_rows(job, tokenizer) if job.file is not None else _synthetic_rows(job, tokenizer)
-    return write_shard(Path(job.folder), job.name, rows, max_length=job.max_length)
+    with full_disk_is_told(f"{job.folder} cannot take the shard {job.name} of the prepared data"):
+        return write_shard(Path(job.folder), job.name, rows, max_length=job.max_length)
 
 
 def _file_rows(job: Job, tokenizer: Tokenizer) -> Iterator[Row]:
@@ -211,8 +213,9 @@ def _start(job: Job) -> "subprocess.Popen[bytes]":
 
 def _result(name: str, process: "subprocess.Popen[bytes]") -> ShardInfo:
     output, errors = process.communicate()
-    if process.returncode == UsageError.exit_code:
-        raise UsageError(errors.decode(errors="replace").strip())
+    for kind in (UsageError, MachineError):
+        if process.returncode == kind.exit_code:
+            raise kind(errors.decode(errors="replace").strip())
     if process.returncode:
         raise InternalError(f"Preparing {name} failed: {errors.decode(errors='replace').strip()[-2000:]}")
     return ShardInfo(**json.loads(output))

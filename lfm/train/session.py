@@ -134,7 +134,6 @@ def train(
     with joined(device) as world, ExitStack() as stack:
         with world.agreed():
             if world.is_first:
-                output.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_only_run(output))
         run = _Run(recipe, kind, world, device, dtype, on_progress=on_progress if world.is_first else lambda line: None)
         stack.callback(run.close)
@@ -363,8 +362,12 @@ def _check_shape(folder: Path, config: ModelConfig) -> None:
 
 @contextmanager
 def _only_run(output: Path) -> Iterator[None]:
-    """Keep a second process out of the same folder; the lock ends with this process, however it ends."""
-    fd = os.open(output / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    """Make the folder and keep a second process out of it; the lock ends with this process, however it ends."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        fd = os.open(output / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UsageError(f"run.output={output} cannot be written to: {error.strerror}. Name another folder.") from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -52,11 +52,12 @@ KEYWORDS_OF_TYPES: Mapping[str, tuple[str, ...]] = {
     "boolean": (),
     "null": (),
 }
-COMBINING = ("type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "format", "nullable")
+COMBINING = ("type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "format")
 # fmt: off
 ANNOTATIONS = (
     "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment",
     "$schema", "$id", "id", "$defs", "definitions", "discriminator", "externalDocs", "xml", "markdownDescription",
+    "nullable",
 )
 UNSUPPORTED = (
     "not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "contains", "minContains",
@@ -103,7 +104,7 @@ class SchemaReader:
             fail(path, str(error))
         if node == NOTHING:
             fail(path, "contradicts itself: no value can satisfy it")
-        return union_of([node, Null()]) if raw.get("nullable") is True else node
+        return node
 
     def _check_keywords(self, raw: Mapping[str, object], path: str) -> None:
         for keyword in raw:
@@ -113,7 +114,10 @@ class SchemaReader:
                 fail(child(path, keyword), "is supported as true or false only")
             if keyword == "$id" and path != self._param:
                 fail(child(path, keyword), "is supported at the top of the schema only")
-            if keyword not in KNOWN:
+            if keyword == "nullable" and raw[keyword] is True:
+                # No validator of JSON Schema knows it, and the null would not be valid.
+                self._note(f"{child(path, keyword)} is OpenAPI's and has no effect. To allow null, add it to type.")
+            elif keyword not in KNOWN:
                 self._note(f"{child(path, keyword)} is unknown and has no effect.")
 
     def _note(self, text: str) -> None:

@@ -200,6 +200,13 @@ def test_annotations_are_silent_and_unknown_words_are_noted() -> None:
     assert [note.split(" ")[0] for note in notes] == ['p.properties.a.format="password"', "p.properties.b.minLenght"]
 
 
+def test_a_null_that_no_validator_would_take_is_not_written() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "nullable": True}, "b": {"nullable": False}}}
+    read_schema = read(schema)
+    assert [note.split(" ")[0] for note in read_schema.notes] == ["p.properties.a.nullable"]
+    assert node({"type": "boolean", "nullable": True}) == node({"type": "boolean"})
+
+
 def test_declared_properties_close_an_object_that_does_not_say_otherwise() -> None:
     closed, opened, free = (
         node({"type": "object", "properties": {"a": {}}}),

@@ -8,17 +8,24 @@ synthetic conversations of which every token counts. Both sides: bf16 with fp32 
 learning rate, cross-entropy alone (no z-losses, no balancing, which transformers does not have).
 
 `lfm` packs rows and replays a recorded step. `transformers` gets the same rows of each step sorted by length and
-padded, as many to a micro-batch as `--their-tokens` holds, with attention by SDPA and experts by grouped products, as
-written and by torch.compile; `--rivals` says which. Rates count real tokens, padding nothing. A side that fails is
-recorded as its error. `mfu` is by lfm.train.estimate.flops_per_token and 989 TFLOP/s.
+padded at their ends, as many to a micro-batch as `--their-tokens` holds, with attention by SDPA and experts by grouped
+products, as written and by torch.compile; `--rivals` says which. It gets no mask, which would cost it the fast causal
+attention: nothing of a causal model sees what comes after it. Both read the loss once a step. Rates count real tokens,
+padding nothing; `tokens_per_s` is the median of three parts of the timed steps, `parts_tokens_per_s`. A side that fails
+is recorded as its error, one that takes longer than `--seconds` ends early. `mfu` is by
+lfm.train.estimate.flops_per_token and 989 TFLOP/s.
 """
 
 import argparse
+import gc
+import itertools
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +33,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from lfm.cli.offline import Facts
 from lfm.config import ModelConfig
 from lfm.model.hf_config import to_hf_config
 from lfm.model.sizes import num_parameters
@@ -68,6 +76,7 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     steps: int
+    seconds: float
 
 
 def recipe_of(shape: str, arguments: argparse.Namespace, folder: Path) -> TrainRecipe:
@@ -82,7 +91,11 @@ def recipe_of(shape: str, arguments: argparse.Namespace, folder: Path) -> TrainR
         "data": {
             "tokenizer": arguments.tokenizer,
             "max_length": 1536,
-            "synthetic": {"conversations": arguments.conversations, "seed": 7, "shards": 16},
+            "synthetic": {
+                "conversations": arguments.conversations,
+                "seed": 7,
+                "shards": max(1, min(16, arguments.conversations // 100)),
+            },
         },
         "batch": {"tokens": arguments.tokens},
         "optimizer": {"name": "adamw", "learning_rate": arguments.learning_rate},
@@ -145,25 +158,24 @@ def steps_of_transformers(setting: Setting, *, is_compiled: bool, tokens: int) -
 
 
 def _padded(rows: list[np.ndarray], tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows sorted by length, as many to a batch as fit: ids and attention mask [B, L]."""
+    """Rows sorted by length, as many to a batch as fit: ids and the next ids, or -100, [B, L]."""
     rows = sorted(rows, key=len)
     while rows:
-        longest = len(rows[-1])
+        longest = len(rows[-1]) - 1
         count = min(len(rows), max(1, tokens // longest))
         part, rows = rows[-count:], rows[:-count]
         ids = np.zeros((count, longest), np.int64)
-        mask = np.zeros((count, longest), np.int64)
+        targets = np.full((count, longest), -100)
         for i, row in enumerate(part):
-            ids[i, : len(row)], mask[i, : len(row)] = row, 1
-        yield torch.from_numpy(ids), torch.from_numpy(mask)
+            ids[i, : len(row) - 1], targets[i, : len(row) - 1] = row[:-1], row[1:]
+        yield torch.from_numpy(ids), torch.from_numpy(targets)
 
 
 def _backward(
     forward: Callable[..., Any], batch: tuple[torch.Tensor, torch.Tensor], device: torch.device, num_targets: int
 ) -> torch.Tensor:
-    ids, mask = (tensor.to(device, non_blocking=True) for tensor in batch)
-    logits = forward(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    targets = torch.where(mask[:, 1:] > 0, ids[:, 1:], -100)
+    ids, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
+    logits = forward(input_ids=ids, use_cache=False).logits
     loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
     (loss / num_targets).backward()
     return loss.detach() / num_targets
@@ -173,31 +185,36 @@ def measure(name: str, steps: Iterator[tuple[float, int]], setting: Setting) -> 
     """Run all steps; time those after the warm-up."""
     is_cuda = setting.device.type == "cuda"
     if is_cuda:
+        gc.collect()  # models of the side before hold themselves by their hooks
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    losses, tokens, began_s = [], 0, time.monotonic()
-    first = min(_WARM_UP, setting.steps // 2)
-    for step, (loss, num_tokens) in enumerate(steps):
+    began_s = time.monotonic()
+    losses, tokens, ends_s = [], [], []
+    for loss, num_tokens in steps:
         losses.append(loss)
-        if step == first - 1:
-            began_s, tokens = _now(is_cuda), 0
-        else:
-            tokens += num_tokens
-    rate = tokens / (_now(is_cuda) - began_s)
+        tokens.append(num_tokens)
+        ends_s.append(time.monotonic())  # the loss was read: all before the update is done
+        if ends_s[-1] - began_s > setting.seconds:
+            break
+    first = min(_WARM_UP, len(losses) // 2)
+    cuts = [first + (len(losses) - first) * part // 3 for part in range(4)]
+    rates = [
+        sum(tokens[begin:end]) / (ends_s[end - 1] - (ends_s[begin - 1] if begin else began_s))
+        for begin, end in itertools.pairwise(cuts)
+        if end > begin
+    ]
+    rate = statistics.median(rates)
     mean_length = setting.dataset.num_tokens // setting.dataset.num_rows
     return {
         "side": name,
-        "tokens_per_s": rate,
-        "mfu": rate * flops_per_token(setting.config, row_length=mean_length) / _PEAK if is_cuda else None,
+        "tokens_per_s": round(rate, 1),
+        "parts_tokens_per_s": [round(part, 1) for part in rates],
+        "mfu": round(rate * flops_per_token(setting.config, row_length=mean_length) / _PEAK, 4) if is_cuda else None,
         "peak_bytes": torch.cuda.max_memory_allocated() if is_cuda else None,
+        "seconds": round(ends_s[-1] - began_s, 2),
+        "steps": len(losses),
         "losses": [round(loss, 5) for loss in losses],
     }
-
-
-def _now(is_cuda: bool) -> float:
-    if is_cuda:
-        torch.cuda.synchronize()
-    return time.monotonic()
 
 
 def plot(path: Path, results: list[dict[str, Any]]) -> None:
@@ -213,7 +230,11 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
         )
         lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.2"/>')
         lines.append(f'<text x="400" y="{40 + 16 * i}" fill="{colour}">{name}</text>')
-    labels = f'<text x="4" y="24">{high:.3g}</text><text x="4" y="264">{low:.3g}</text>'
+    labels = (
+        f'<text x="4" y="24">{high:.3g}</text><text x="4" y="264">{low:.3g}</text><text x="50" y="280">1</text>'
+        f'<text x="570" y="280" text-anchor="end">{max(map(len, curves.values()))} steps</text>'
+        f'<text x="50" y="14">loss, shape {results[0]["shape"]}</text>'
+    )
     path.write_text(
         '<svg xmlns="http://www.w3.org/2000/svg" width="600" height="290" font-family="sans-serif" font-size="11">'
         f'<rect width="600" height="290" fill="white"/>{labels}{"".join(lines)}</svg>\n',
@@ -221,7 +242,8 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
     )
 
 
-def compare(shape: str, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def compare(shape: str, arguments: argparse.Namespace, folder: Path) -> Iterator[list[dict[str, Any]]]:
+    """The results of a shape so far, after each side: a rival that never ends takes nothing with it."""
     recipe = recipe_of(shape, arguments, folder)
     assert recipe.model.shape is not None
     tokenizer = Path(arguments.tokenizer)
@@ -229,14 +251,18 @@ def compare(shape: str, arguments: argparse.Namespace, folder: Path) -> list[dic
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = config_of(recipe.model.shape, load_tokenizer(tokenizer))
-    setting = Setting(shape, recipe, config, Dataset(folder / "data"), device, dtype, arguments.steps)
+    setting = Setting(
+        shape, recipe, config, Dataset(folder / "data"), device, dtype, arguments.steps, arguments.seconds
+    )
     sides: dict[str, Callable[[], Iterator[tuple[float, int]]]] = {"lfm": lambda: steps_of_lfm(setting)}
     for rival in arguments.rivals.split(","):
         is_compiled = rival == "compiled"
         sides[f"transformers, {rival}"] = lambda is_compiled=is_compiled: steps_of_transformers(
             setting, is_compiled=is_compiled, tokens=arguments.their_tokens
         )
-    results = []
+    facts = asdict(Facts.of_this_machine(arguments.commit)) | {"transformers": version("transformers")}
+    facts |= {"shape": shape, "parameters": num_parameters(config), "step_tokens": arguments.tokens}
+    results: list[dict[str, Any]] = []
     for name, steps in sides.items():
         try:
             result = measure(name, steps(), setting)
@@ -244,24 +270,25 @@ def compare(shape: str, arguments: argparse.Namespace, folder: Path) -> list[dic
             if name == "lfm":
                 raise
             result = {"side": name, "error": f"{type(error).__name__}: {str(error)[:300]}"}
-        results.append({"shape": shape, "parameters": num_parameters(config), "steps": arguments.steps} | result)
+        results.append(facts | result)
         print(_line(results[-1], results[0]), flush=True)
-    return results
+        yield results
 
 
 def _line(result: dict[str, Any], ours: dict[str, Any]) -> str:
     if "error" in result:
         return f"{result['shape']:8s} {result['side']:24s} {result['error'][:160]}"
-    worst = max(abs(a - b) / b for a, b in zip(result["losses"], ours["losses"], strict=True))
+    worst = max(abs(a - b) / b for a, b in zip(result["losses"], ours["losses"], strict=False))
     mfu = math.nan if result["mfu"] is None else 100 * result["mfu"]
     peak = math.nan if result["peak_bytes"] is None else result["peak_bytes"] / 1e9
     return (
         f"{result['shape']:8s} {result['side']:24s} {result['tokens_per_s']:12,.0f} tokens/s  mfu {mfu:5.1f} %  "
-        f"peak {peak:6.1f} GB  last loss {result['losses'][-1]:.4f}  furthest from lfm's {100 * worst:.2f} %"
+        f"peak {peak:6.1f} GB  loss {result['losses'][-1]:.4f} after {result['steps']}, at most {100 * worst:.2f} % "
+        f"from lfm's  {result['tokens_per_s'] / ours['tokens_per_s']:.2f}x"
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Training speed against transformers.")
     parser.add_argument("--shapes", default="builtin,1b")
     parser.add_argument("--rivals", default="eager,compiled")
@@ -273,13 +300,16 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=40_000)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of each side, compilation included")
+    parser.add_argument("--commit", help="what to write as the commit where git cannot tell it")
     parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     for shape in arguments.shapes.split(","):
-        results = compare(shape, arguments, arguments.folder / shape)
-        if arguments.output is not None:
+        for results in compare(shape, arguments, arguments.folder / shape):
+            if arguments.output is None:
+                continue
             with arguments.output.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(result) + "\n" for result in results)
+                file.write(json.dumps(results[-1]) + "\n")
             plot(arguments.output.with_name(f"{arguments.output.stem}_{shape}.svg"), results)
 
 

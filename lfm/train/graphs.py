@@ -32,8 +32,9 @@ class Recording:
             return self._function(*arguments)
         shapes = tuple(argument.shape for argument in arguments)
         if shapes not in self._seen:
-            self._seen.add(shapes)
-            return self._function(*arguments)
+            outputs = self._function(*arguments)
+            self._seen.add(shapes)  # not if it failed
+            return outputs
         if shapes not in self._recorded:
             self._recorded[shapes] = self._record(arguments)
         graph, inputs, outputs = self._recorded[shapes]

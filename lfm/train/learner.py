@@ -3,8 +3,8 @@
 import functools
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -88,8 +88,21 @@ class Learner:
 
     def step(self, data: StepData, step: int) -> StepResult:
         """Do step number `step`. Raises NonFiniteError, with the weights untouched, if no update can be made of it."""
-        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        with self._on_stream():
             return self._step(data, step)
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Work in the body runs on the learner's stream, after what was asked for before it and before what comes
+        after it: a checkpoint must not read weights while they change."""
+        if self._stream is None:
+            yield
+            return
+        outside = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(outside)
+        with torch.cuda.stream(self._stream):
+            yield
+        outside.wait_stream(self._stream)
 
     def _step(self, data: StepData, step: int) -> StepResult:
         recipe, masters = self._recipe, self.masters.tensors.values()
@@ -212,12 +225,13 @@ class Learner:
         On a GPU without the compiler, which would have to compile everything once more for it.
         """
         with (
-            nullcontext() if self._stream is None else torch.cuda.stream(self._stream),
+            self._on_stream(),
             torch.compiler.set_stance("force_eager") if self._device.type == "cuda" else nullcontext(),
         ):
             sums = torch.zeros(2, dtype=torch.float64, device=self._device)
             for batch in batches:
-                loss = self._cross_entropy(self._hidden(to_device(batch, self._device)), batch).cross_entropy
+                batch = to_device(batch, self._device)
+                loss = self._cross_entropy(self._hidden(batch), batch).cross_entropy
                 sums += torch.stack((loss, loss.new_tensor(batch.num_targets)))
             loss, num_targets = sums.tolist()
             return loss / num_targets

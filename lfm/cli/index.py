@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lfm.cli import options
-from lfm.cli.terminal import PhaseLine, note, write_text
+from lfm.cli.terminal import PhaseLine, note, one_line, write_text
 from lfm.errors import UsageError
 from lfm.service.data_folder import data_folder
 
@@ -73,7 +73,7 @@ def list_documents(
     with _opened(index_folder) as opened:
         documents = [document for name in _names(paths) for document in opened.store.documents(under=name)]
     for document in documents:
-        write_text(f"{document.path}\t{document.title}\t{document.num_chunks}\t{document.num_bytes}\n")
+        write_text(f"{one_line(document.path)}\t{document.title}\t{document.num_chunks}\t{document.num_bytes}\n")
     if not documents:
         note("No documents. Add some with: lfm index add PATH...")
 
@@ -141,14 +141,23 @@ def _embeddings(url: str | None, model: str | None, key: str | None) -> "Embeddi
 
 def _names(paths: Sequence[Path] | None) -> list[str | None]:
     """Paths as the index knows them; None for all documents."""
-    return [str(path.resolve()) for path in paths] if paths else [None]
+    return [_name(path) for path in paths] if paths else [None]
+
+
+def _name(path: Path) -> str:
+    try:
+        name = str(path.resolve())
+        name.encode()
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:  # RuntimeError: links in a circle
+        raise UsageError(f"{str(path)!r} cannot be in the index ({error}). See what is: lfm index list") from error
+    return name
 
 
 def _show_report(report: "AddReport") -> None:
     for path, cause in report.failed:
-        note(f"{path}: {cause}")
+        note(f"{one_line(str(path))}: {cause}")
     for path in report.empty:
-        note(f"{path}: has no text (a scan?), so nothing in it can be found.")
+        note(f"{one_line(str(path))}: has no text (a scan?), so nothing in it can be found.")
     print(
         f"{report.num_added:,} added, {report.num_changed:,} changed, {report.num_unchanged:,} unchanged, "
         f"{len(report.failed):,} failed: {report.num_bytes:,} bytes, {report.num_chunks:,} passages."
@@ -163,4 +172,4 @@ def _shown(number: int, hit: "Hit", query: str) -> str:
     start, _ = supporting_span(query, hit.chunk.text) or (0, 0)
     text = " ".join(hit.chunk.text[start:].split())
     text = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
-    return f"{number}. {hit.chunk.title}{where}\n   {hit.chunk.path}\n   {text}\n"
+    return f"{number}. {hit.chunk.title}{where}\n   {one_line(hit.chunk.path)}\n   {text}\n"

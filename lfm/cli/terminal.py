@@ -59,7 +59,12 @@ class PhaseLine:
 
 
 def _printable(text: str) -> str:
-    return " ".join(text.split())
+    return one_line(" ".join(text.split()))
+
+
+def one_line(text: str) -> str:
+    """`text`, a name of a file say, with line breaks and other control characters as escapes: a\\nb."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
 def write_text(text: str) -> None:

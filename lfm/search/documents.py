@@ -58,6 +58,8 @@ def find_documents(paths: Iterable[Path]) -> Iterator[Path]:
     for path in paths:
         if not path.exists():
             raise UsageError(f"There is no file or folder {str(path)!r}. Give the path of one.")
+        if not path.is_dir() and not path.is_file():  # a pipe would keep its reader waiting
+            raise UsageError(f"{str(path)!r} is no file and no folder. Give the path of one.")
         for found in [path] if not path.is_dir() else _documents_under(path):
             real = found.resolve()
             if real not in seen:

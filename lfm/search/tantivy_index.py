@@ -77,7 +77,10 @@ class TantivyIndex:
     def clear(self) -> None:
         with self._lock:
             self._opened = None
-            shutil.rmtree(self._path, ignore_errors=True)
+            if self._path.is_dir():
+                shutil.rmtree(self._path, ignore_errors=True)
+            else:
+                self._path.unlink(missing_ok=True)
 
     def close(self) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -142,6 +143,35 @@ def test_a_path_that_is_not_in_the_index_is_named(lfm: Lfm, folder: Path) -> Non
     assert done.code == 2
     assert "'other.md' is not in the index" in done.err
     assert len(lfm("list").out.splitlines()) == 3, "nothing was removed"
+
+
+def test_names_of_any_characters_are_shown_on_one_line(lfm: Lfm, folder: Path) -> None:
+    write_files(folder, {"a\n\x1b[31mb.md": "A turbine turns.", "c\nd.md": b"caf\xe9"})
+    done = lfm("add", str(folder))
+    assert f"{folder}/c\\nd.md: The document is no UTF-8" in done.err
+    shown = f"{folder}/a\\n\\x1b[31mb.md"
+    assert len(lfm("list").out.splitlines()) == 4
+    assert f"{shown}\t" in lfm("list").out
+    assert f"\n   {shown}\n" in lfm("search", "turbine").out
+    assert "\x1b" not in done.err
+
+
+@pytest.mark.parametrize("command", ["list", "remove"])
+@pytest.mark.parametrize("name", ["loop", os.fsdecode(b"bad\xff.md")], ids=["loop", "no-utf-8"])
+def test_a_path_that_no_index_can_hold_is_refused(lfm: Lfm, folder: Path, command: str, name: str) -> None:
+    (folder / "loop").symlink_to("loop")
+    lfm("add", str(folder))
+    done = lfm(command, str(folder / name))
+    assert "a bug" not in done.err
+    assert done.code == 2 or not done.out
+
+
+def test_what_is_neither_file_nor_folder_is_refused_and_not_waited_for(lfm: Lfm, folder: Path) -> None:
+    os.mkfifo(folder / "pipe.md")
+    done = lfm("add", str(folder / "pipe.md"))
+    assert done.code == 2
+    assert "pipe.md' is no file and no folder." in done.err
+    assert "3 added" in lfm("add", str(folder)).out
 
 
 def test_a_damaged_index_is_one_line(lfm: Lfm, folder: Path, tmp_path: Path) -> None:

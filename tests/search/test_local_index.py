@@ -174,10 +174,17 @@ def of_another_schema(folder: Path) -> None:
         path.write_text(json.dumps(meta))
 
 
+def put_a_file_in_its_place(folder: Path) -> None:
+    for path in folder.glob("bm25*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        path.write_bytes(b"no index")
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         damage_nothing,
+        put_a_file_in_its_place,
         delete_index,
         overwrite_all,
         truncate_all,

@@ -1,14 +1,11 @@
 """`response_format`: what an answer must be, read and checked."""
 
 import re
-import threading
-from collections import OrderedDict
-from hashlib import blake2b
-
-import msgspec
+from functools import partial
 
 from lfm.chat.grammar import AnswerFormat
 from lfm.chat.json_fields import json_type, typed
+from lfm.chat.json_memory import JsonMemory
 from lfm.chat.schema import read_schema
 from lfm.chat.schema_regex import Regex, RegexError, parse_regex
 from lfm.errors import RequestError
@@ -28,30 +25,12 @@ class AnswerFormats:
 
     def __init__(self, *, max_tokens: int, max_bytes: int = 4 * MAX_SCHEMAS_BYTES) -> None:
         self._max_tokens = max_tokens
-        self._max_bytes = max_bytes
-        self._num_bytes = 0
-        self._lock = threading.Lock()
-        self._formats: OrderedDict[bytes, tuple[AnswerFormat | None, tuple[str, ...], int]] = OrderedDict()
+        self._memory = JsonMemory[tuple[AnswerFormat | None, tuple[str, ...]]](max_bytes=max_bytes)
 
     def read(self, value: object, *, param: str = "response_format") -> tuple[AnswerFormat | None, tuple[str, ...]]:
         """As `parse_answer_format`."""
-        try:
-            encoded = msgspec.json.encode(value)
-        except (UnicodeEncodeError, RecursionError, TypeError, ValueError, msgspec.MsgspecError) as error:
-            raise RequestError(f"{param} is not plain JSON ({error}).", param=param) from error
-        key = blake2b(encoded, digest_size=16, key=param.encode()[:64]).digest()
-        with self._lock:
-            if key in self._formats:
-                self._formats.move_to_end(key)
-                return self._formats[key][:2]
-        answer, notes = parse_answer_format(value, max_tokens=self._max_tokens, param=param)
-        with self._lock:
-            if key not in self._formats:
-                self._num_bytes += len(encoded)
-                self._formats[key] = (answer, notes, len(encoded))
-            while self._num_bytes > self._max_bytes and len(self._formats) > 1:
-                self._num_bytes -= self._formats.popitem(last=False)[1][2]
-        return answer, notes
+        make = partial(parse_answer_format, value, max_tokens=self._max_tokens, param=param)
+        return self._memory.get(value, make, param=param)
 
 
 def parse_answer_format(

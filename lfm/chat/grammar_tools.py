@@ -5,14 +5,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from functools import partial
 from typing import Literal
-
-import msgspec
 
 from lfm.chat.grammar import AnswerFormat, calls_grammar
 from lfm.chat.grammar_calls import ToolGrammar, argument_objects
 from lfm.chat.json_fields import json_type, optional_text, typed
+from lfm.chat.json_memory import JsonMemory
 from lfm.chat.messages import Message
 from lfm.chat.schema import read_schema, schema_bytes
 from lfm.chat.schema_texts import Texts
@@ -153,35 +152,17 @@ class ToolSet:
 
 
 class ToolSets:
-    """The tool sets of recent requests, by what they say, up to `max_bytes` of definitions. Any thread may use it."""
+    """The tool sets of recent requests, by what they say. Any thread may use it."""
 
     def __init__(self, *, max_tokens: int, max_bytes: int = 8 * MAX_SCHEMAS_BYTES) -> None:
         self._max_tokens = max_tokens
-        self._max_bytes = max_bytes
-        self._num_bytes = 0
-        self._lock = threading.Lock()
-        self._sets: OrderedDict[bytes, tuple[ToolSet, int]] = OrderedDict()
+        self._memory = JsonMemory[ToolSet](max_bytes=max_bytes)
 
     def read(self, raw: object, *, param: str = "tools", syntax: ToolSyntax = OPENAI_TOOLS) -> ToolSet:
         """The tools of a request. Raises RequestError with the path of what is wrong."""
         tools = typed(raw, list, param)
-        try:
-            encoded = msgspec.json.encode(tools)
-        except (UnicodeEncodeError, RecursionError, TypeError, ValueError, msgspec.MsgspecError) as error:
-            raise RequestError(f"{param} is not plain JSON ({error}).", param=param) from error
-        key = blake2b(encoded, digest_size=16, key=f"{param} {syntax.kind}".encode()[:64]).digest()
-        with self._lock:
-            if key in self._sets:
-                self._sets.move_to_end(key)
-                return self._sets[key][0]
-        found = ToolSet(tools, max_tokens=self._max_tokens, param=param, syntax=syntax)
-        with self._lock:
-            if key not in self._sets:
-                self._num_bytes += len(encoded)
-            self._sets[key] = (found, len(encoded))
-            while self._num_bytes > self._max_bytes and len(self._sets) > 1:
-                self._num_bytes -= self._sets.popitem(last=False)[1][1]
-        return found
+        make = partial(ToolSet, tools, max_tokens=self._max_tokens, param=param, syntax=syntax)
+        return self._memory.get(tools, make, param=param, kind=syntax.kind)
 
 
 def parse_tool_choice(value: object, names: Sequence[str], *, param: str = "tool_choice") -> ToolChoice:

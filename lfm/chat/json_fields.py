@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import TypeVar
 
+import msgspec
+
 from lfm.errors import RequestError
 
 _T = TypeVar("_T")
@@ -29,6 +31,14 @@ def typed(value: object, kind: type[_T], where: str) -> _T:
 
 def optional_text(value: object, where: str) -> str | None:
     return None if value is None else typed(value, str, where)
+
+
+def json_bytes(value: object, where: str) -> bytes:
+    """The value as compact JSON. Raises RequestError for what is none, or none that UTF-8 can hold."""
+    try:
+        return msgspec.json.encode(value)
+    except (UnicodeEncodeError, RecursionError, TypeError, ValueError, msgspec.MsgspecError) as error:
+        raise RequestError(f"{where} is not plain JSON ({error}).", param=where) from error
 
 
 def parse_arguments(text: str, where: str) -> object:

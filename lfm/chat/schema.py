@@ -7,8 +7,7 @@ refused with the path of the keyword (HTTP 400), or noted where the specificatio
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import msgspec
-
+from lfm.chat.json_fields import json_bytes
 from lfm.chat.schema_fields import fail
 from lfm.chat.schema_merge import array_node, object_node
 from lfm.chat.schema_nodes import (
@@ -41,10 +40,7 @@ Resolve = Callable[[Node], Node]
 
 def schema_bytes(raw: object, *, param: str) -> int:
     """Bytes of a schema as compact JSON. Raises RequestError if it is too large, or no JSON that UTF-8 can hold."""
-    try:
-        num_bytes = len(msgspec.json.encode(raw))
-    except (UnicodeEncodeError, RecursionError, TypeError, ValueError, msgspec.MsgspecError) as error:
-        fail(param, f"is not plain JSON ({error})")
+    num_bytes = len(json_bytes(raw, param))
     if num_bytes > MAX_SCHEMA_BYTES:
         fail(param, f"has {num_bytes} bytes. Allowed: at most {MAX_SCHEMA_BYTES}")
     return num_bytes

@@ -7,11 +7,11 @@ alone. One whose own rate limit is used up is passed over, and waited for only w
 import asyncio
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from lfm.search.errors import ProviderError
+from lfm.search.errors import ProviderError, ProviderReason
 from lfm.search.providers.provider import Provider
 from lfm.search.rate_limit import RateLimit
 from lfm.search.results import SearchQuery, SearchResult
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 CACHE_S = 15 * 60.0
 _MAX_CACHED = 1024
 _REST_S = 30.0
+
+Outcomes = Counter[tuple[str, str]]  # by provider, and "found", "empty", "cached" or the reason of its failure
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -39,7 +41,7 @@ class Failure:
     """Why a provider was no help. `message` is fit for a reader."""
 
     provider: str
-    reason: str
+    reason: ProviderReason
     message: str
 
 
@@ -56,7 +58,11 @@ class SearchAnswer:
 class SearchChain:
     """Providers in order of preference. For one event loop. Close it, and with it the providers."""
 
-    def __init__(self, links: Sequence[Link], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, links: Sequence[Link], *, outcomes: Outcomes | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`outcomes` is counted up for every provider that a search came to."""
+        self._outcomes: Outcomes = Counter() if outcomes is None else outcomes
         self._links = tuple(links)
         self._cacheable = {link.provider.name for link in links if link.provider.is_cacheable}
         self._clock = clock
@@ -70,11 +76,13 @@ class SearchChain:
         key = (tenant, replace(query, text=" ".join(query.text.casefold().split())))
         cached = self._cached(key)
         if cached is not None:
+            self._outcomes[cached.provider, "cached"] += 1
             return cached
-        search = _Search(query, self._clock, self._clock() + deadline_s)
+        search = _Search(query, self._clock, self._clock() + deadline_s, self._outcomes)
         answer = await search.run(self._links)
         if answer is None:
             raise _no_answer(search.failures)
+        answer = replace(answer, failures=tuple(search.failures))
         if answer.results and answer.provider in self._cacheable:
             self._remember(key, answer)
         return answer
@@ -101,8 +109,8 @@ class SearchChain:
 class _Search:
     """One question on its way along the chain."""
 
-    def __init__(self, query: SearchQuery, clock: Callable[[], float], deadline_s: float) -> None:
-        self._query, self._clock, self._deadline_s = query, clock, deadline_s
+    def __init__(self, query: SearchQuery, clock: Callable[[], float], deadline_s: float, outcomes: Outcomes) -> None:
+        self._query, self._clock, self._deadline_s, self._outcomes = query, clock, deadline_s, outcomes
         self.failures: list[Failure] = []
         self._empty: SearchAnswer | None = None
 
@@ -111,7 +119,7 @@ class _Search:
         waiting = []
         for link in sorted(links, key=lambda link: link.resting_until_s > self._clock()):
             if link.closed_until_s > self._clock():
-                self._fail(link, "rate_limited", "wants to be left alone for a while.")
+                self._fail(link, "rate_limited", f"{link.provider.name} wants to be left alone for a while.")
             elif link.rate_limit is not None and link.rate_limit.wait_s() > 0:
                 waiting.append(link)
             elif answer := await self._ask(link):
@@ -126,7 +134,8 @@ class _Search:
         wait_s = link.rate_limit.wait_s() if link.rate_limit is not None else 0.0
         remaining_s = self._deadline_s - self._clock()
         if remaining_s <= wait_s:
-            self._fail(link, "timeout" if remaining_s <= 0 else "rate_limited", "cannot be asked in time.")
+            reason: ProviderReason = "timeout" if remaining_s <= 0 else "rate_limited"
+            self._fail(link, reason, f"{link.provider.name} cannot be asked in time.")
             return None
         if link.rate_limit is not None:
             await asyncio.sleep(link.rate_limit.reserve())
@@ -140,7 +149,8 @@ class _Search:
             self._rest(link, error)
             return None
         link.resting_until_s = 0.0
-        answer = SearchAnswer(results=tuple(results), provider=link.provider.name, failures=tuple(self.failures))
+        self._outcomes[link.provider.name, "found" if results else "empty"] += 1
+        answer = SearchAnswer(results=tuple(results), provider=link.provider.name)
         if results:
             return answer
         self._empty = self._empty or answer
@@ -152,14 +162,15 @@ class _Search:
         link.resting_until_s = now + _REST_S
         if error.retry_after_s is not None:
             link.closed_until_s = now + error.retry_after_s
-        self.failures.append(Failure(provider=link.provider.name, reason=error.reason, message=str(error)))
+        self._fail(link, error.reason, str(error))
 
-    def _fail(self, link: Link, reason: str, message: str) -> None:
-        name = link.provider.name
-        self.failures.append(Failure(provider=name, reason=reason, message=f"{name} {message}"))
+    def _fail(self, link: Link, reason: ProviderReason, message: str) -> None:
+        self._outcomes[link.provider.name, reason] += 1
+        self.failures.append(Failure(provider=link.provider.name, reason=reason, message=message))
 
 
 def _no_answer(failures: Sequence[Failure]) -> ProviderError:
-    if not failures:
-        return ProviderError("failed", "There is no search provider. The operator of this server can set one up.")
+    if all(failure.reason == "not_configured" for failure in failures):
+        nobody = "There is no search provider on this server. Its operator can choose some with --search-providers."
+        return ProviderError("not_configured", " ".join(failure.message for failure in failures) or nobody)
     return ProviderError("failed", " ".join(["The search failed.", *(failure.message for failure in failures)]))

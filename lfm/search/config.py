@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 
 from lfm.errors import UsageError
 from lfm.search.addresses import AllowList
+from lfm.search.urls import server_root
 
 MAX_WAIT_S = 120.0
 MAX_SEARCHES = 16
@@ -14,6 +15,7 @@ _NEEDS = {
     "tavily": "tavily_api_key",
     "exa": "exa_api_key",
 }
+_KEYS = ("brave_api_key", "tavily_api_key", "exa_api_key", "embeddings_key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +27,8 @@ class SearchConfig:
     networks inside that pages may be fetched from. `provider_seconds` is the time for one provider, `search_seconds`
     for all of a search, `page_seconds` for one page. `max_searches` is how often a model may search for one answer.
 
-    Raises UsageError for a provider that is not known or lacks its key or address, and for values out of range.
+    Raises UsageError for a provider that is not known or lacks its key or address, for keys and addresses that cannot
+    be, and for values out of range.
     """
 
     providers: tuple[str, ...] = ("local",)
@@ -64,9 +67,17 @@ class SearchConfig:
             raise UsageError(f"max_searches={self.max_searches} is out of range. Allowed: 1 to {MAX_SEARCHES}.")
         if (self.embeddings_url is None) != (self.embeddings_model is None):
             raise UsageError("--embeddings-url and --embeddings-model belong together. Give both, or neither.")
+        if self.searxng_url is not None:
+            server_root(self.searxng_url, of="searxng")
+        if self.embeddings_url is not None:
+            server_root(self.embeddings_url, of="the embeddings server")
+        for name in _KEYS:
+            key = getattr(self, name) or ""
+            if not key.isascii() or not key.isprintable():  # no header could hold it
+                raise UsageError(f"{name} holds characters that are in no key. Set LFM_{name.upper()} again.")
         AllowList.parse(self.fetch_allow)
 
     def __repr__(self) -> str:
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        shown = ((name, "***" if name.endswith("_key") and value else value) for name, value in values)
+        shown = ((name, "***" if name in _KEYS and value else value) for name, value in values)
         return f"SearchConfig({', '.join(f'{name}={value!r}' for name, value in shown)})"

@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from lfm.errors import UsageError
 from lfm.search.errors import EmbeddingError
+from lfm.search.urls import server_root
 
 Vectors = npt.NDArray[np.float32]  # [texts, dimensions], each row of length 1
 
@@ -37,12 +37,8 @@ class EmbeddingClient:
 
     def __init__(self, base_url: str, model: str, *, api_key: str | None = None) -> None:
         """`base_url` with or without /v1. Raises UsageError if it is no address."""
-        if not base_url.startswith(("http://", "https://")):
-            raise UsageError(
-                f"The embeddings server {base_url!r} is no address. Give one such as http://127.0.0.1:8001."
-            )
         self.model = model
-        root = base_url.rstrip("/").removesuffix("/v1")
+        root = server_root(base_url, of="the embeddings server").removesuffix("/v1")
         self._url = f"{root}/v1/embeddings"
         self._client = httpx2.Client(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else None,

@@ -1,6 +1,7 @@
 """What can go wrong in a search. Every message can be read by a user, and by a model in place of a result.
 
 SearchError
++-- NoIndexError       exit 2: nobody has made an index yet
 +-- IndexFileError     exit 2: the index's files are corrupt, of a newer version, or no index at all
 +-- IndexBusyError     exit 3: another process writes to the index, or it is being rebuilt; try again
 +-- ExtractionError    exit 2: no text could be taken from a document
@@ -13,12 +14,18 @@ from typing import Literal
 
 from lfm.errors import LfmError
 
-ProviderReason = Literal["forbidden", "rate_limited", "timeout", "unreachable", "malformed", "failed"]
+ProviderReason = Literal["forbidden", "rate_limited", "timeout", "unreachable", "malformed", "failed", "not_configured"]
 FetchReason = Literal["refused", "unreachable", "timeout", "status", "too_large", "content_type", "unreadable"]
 
 
 class SearchError(LfmError):
     """Base of everything that a search can fail with."""
+
+
+class NoIndexError(SearchError):
+    """Nobody has made an index yet."""
+
+    exit_code = 2
 
 
 class IndexFileError(SearchError):

@@ -42,8 +42,8 @@ class SearchQuery:
             raise RequestError(
                 f"max_results={self.max_results} is out of range. Allowed: 1 to {MAX_RESULTS}.", param="max_results"
             )
-        _check_domains(self.allowed_domains, "allowed_domains")
-        _check_domains(self.blocked_domains, "blocked_domains")
+        check_domains(self.allowed_domains, "allowed_domains")
+        check_domains(self.blocked_domains, "blocked_domains")
         if self.country is not None and not _COUNTRY.fullmatch(self.country):
             raise RequestError(f"country={self.country[:20]!r} is not valid. Allowed: two letters.", param="country")
 
@@ -60,7 +60,13 @@ class SearchQuery:
         return not _is_in(host, self.blocked_domains)
 
 
-def _check_domains(domains: Sequence[str], param: str) -> None:
+def bare_domain(text: str) -> str:
+    """Clients write https://example.org/ for example.org."""
+    return re.sub(r"^https?://", "", text).rstrip("/")
+
+
+def check_domains(domains: Sequence[str], param: str) -> None:
+    """Raises RequestError that names `param`."""
     if len(domains) > MAX_DOMAINS:
         raise RequestError(f"{param} has {len(domains)} entries. Allowed: {MAX_DOMAINS}.", param=param)
     for domain in domains:

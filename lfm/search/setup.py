@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from lfm.errors import UsageError
-from lfm.search.chain import Link, SearchChain
+from lfm.search.chain import Link, Outcomes, SearchChain
 from lfm.search.config import SearchConfig
 from lfm.search.providers.brave import Brave
 from lfm.search.providers.exa import Exa
@@ -17,8 +17,10 @@ from lfm.search.rate_limit import RateLimit
 RATES_PER_S: Mapping[str, float] = {"brave": 1.0, "tavily": 1.5, "exa": 5.0}
 
 
-def open_chain(config: SearchConfig, *, index: Searchable | None = None) -> SearchChain:
-    """The chain of the configured providers. `index` serves `local` and stays the caller's.
+def open_chain(
+    config: SearchConfig, *, index: Searchable | None = None, outcomes: Outcomes | None = None
+) -> SearchChain:
+    """The chain of the configured providers. `index` serves `local` and stays the caller's. `outcomes` is counted up.
 
     Raises UsageError where `local` is configured and there is no index.
     """
@@ -29,7 +31,7 @@ def open_chain(config: SearchConfig, *, index: Searchable | None = None) -> Sear
         "exa": lambda: Exa(api_key=config.exa_api_key or ""),
         "local": lambda: Local(_given(index), shows_paths=config.shows_paths),
     }
-    return SearchChain([_link(makers[name](), config) for name in config.providers])
+    return SearchChain([_link(makers[name](), config) for name in config.providers], outcomes=outcomes)
 
 
 def _given(index: Searchable | None) -> Searchable:

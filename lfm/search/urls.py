@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from urllib.parse import quote, urljoin
 
+from lfm.errors import UsageError
 from lfm.search.errors import FetchError
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -79,6 +80,20 @@ def parse_url(text: str) -> WebUrl:
         raise FetchError("refused", f"{_shown(text)} names port {port}. Allowed: 1 to 65535.")
     target = quote(match["target"] or "/", safe=_SAFE_IN_TARGET)
     return WebUrl(scheme, host, port, target if target.startswith("/") else f"/{target}")
+
+
+def server_root(address: str, *, of: str) -> str:
+    """The address of a server that the operator names, without a slash at its end.
+
+    Raises UsageError, which says what it is the address `of`, where it is none or has a query.
+    """
+    try:
+        url = parse_url(address)
+    except FetchError as error:
+        raise UsageError(f"The address of {of} cannot be used: {error}") from error
+    if "?" in url.target:
+        raise UsageError(f"The address of {of} cannot be used: {_shown(address)} has a query. Leave it out.")
+    return str(url).rstrip("/")
 
 
 def _has_hidden(text: str) -> bool:

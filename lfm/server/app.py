@@ -66,6 +66,7 @@ def create_app(
         grammar_trial: what tries clients' grammars; by default a process, started when it is first needed.
         search: what searches; by default a local index that is not there.
     """
+    search = search or SearchService()
     state = AppState(
         backend=backend,
         tokenizer=tokenizer,
@@ -73,10 +74,10 @@ def create_app(
         model_name=model_name,
         defaults=defaults,
         config=config,
-        metrics=Metrics(backend, model_name=model_name, worker=worker),
+        metrics=Metrics(backend, model_name=model_name, worker=worker, searches=search.outcomes),
         responses=responses or ResponsesStore(data_folder() / "responses.sqlite3"),
         grammars=Grammars(backend, tokenizer, trial=grammar_trial),
-        search=search or SearchService(),
+        search=search,
     )
     app = Starlette(
         routes=_routes(state),

@@ -4,7 +4,7 @@ One registry per app. Engine numbers are read from the newest `EngineStats` at s
 observed by the routes. With several API workers the timings are those of the worker that answers (label `worker`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -84,10 +84,19 @@ VLLM_NAMES = frozenset(
 class Metrics:
     """The request timings and counters of one API worker, and the exposition of everything."""
 
-    def __init__(self, backend: EngineBackend, *, model_name: str, worker: int = 0) -> None:
+    def __init__(
+        self,
+        backend: EngineBackend,
+        *,
+        model_name: str,
+        worker: int = 0,
+        searches: Mapping[tuple[str, str], int] | None = None,
+    ) -> None:
+        """`searches` counts, by provider and outcome, what was searched; it is read when somebody scrapes."""
         self._registry = CollectorRegistry(auto_describe=False)
         self._labels = {"model_name": model_name, "engine": "0", "worker": str(worker)}
         self._registry.register(_EngineCollector(backend, {"model_name": model_name, "engine": "0"}))
+        self._registry.register(_SearchCollector({} if searches is None else searches, self._labels))
         self._success = self._counter("request_success", "Sequences that ended well.", "finished_reason")
         self._rejections = self._counter("admission_rejections", "Requests refused with a 503.", "reason")
         self._aborts = self._counter("aborts", "Requests cut short.", "cause")
@@ -152,6 +161,21 @@ class _EngineCollector(Collector):
         gauge = GaugeMetricFamily(f"lfm_{name}", text, labels=list(self._labels))
         gauge.add_metric(list(self._labels.values()), value)
         return gauge
+
+
+class _SearchCollector(Collector):
+    """The searches of this worker."""
+
+    def __init__(self, searches: Mapping[tuple[str, str], int], labels: dict[str, str]) -> None:
+        self._searches = searches
+        self._labels = labels
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Searches that a provider was asked or passed over for; outcome: found, empty, cached, or why it failed."
+        counter = CounterMetricFamily("lfm_searches", text, labels=[*self._labels, "provider", "outcome"])
+        for (provider, outcome), count in sorted(self._searches.items()):
+            counter.add_metric([*self._labels.values(), provider, outcome], count)
+        yield counter
 
 
 class _TwoNames(Collector):

@@ -6,10 +6,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
-from lfm.errors import RequestError
+from lfm.errors import NotFoundError, RequestError
 from lfm.search.chain import SearchAnswer
 from lfm.search.errors import ProviderError
-from lfm.search.results import SearchQuery, SearchResult
+from lfm.search.results import SearchQuery, SearchResult, bare_domain, check_domains
 from lfm.server.asgi import read_json_object, send_json
 from lfm.server.disconnect import run_while_connected
 from lfm.server.schemas import parse_request
@@ -43,13 +43,15 @@ class SearchRequest(BaseModel):
 
     def to_query(self) -> SearchQuery:
         """Raises RequestError for what no provider could be asked."""
-        domains = self.search_domain_filter or []
+        wanted = [bare_domain(entry) for entry in self.search_domain_filter or () if not entry.startswith("-")]
+        unwanted = [bare_domain(entry[1:]) for entry in self.search_domain_filter or () if entry.startswith("-")]
+        check_domains([*wanted, *unwanted], "search_domain_filter")
         return SearchQuery(
             text=self.query,
             max_results=DEFAULT_RESULTS if self.max_results is None else self.max_results,
-            allowed_domains=(*(self.allowed_domains or ()), *(d for d in domains if not d.startswith("-"))),
-            blocked_domains=(*(self.blocked_domains or ()), *(d[1:] for d in domains if d.startswith("-"))),
-            country=self.country,
+            allowed_domains=(*map(bare_domain, self.allowed_domains or ()), *wanted),
+            blocked_domains=(*map(bare_domain, self.blocked_domains or ()), *unwanted),
+            country=None if self.country is None else self.country.upper(),
         )
 
 
@@ -101,6 +103,8 @@ class Search:
         try:
             answer = await self._state.search.search(query, tenant=tenant, is_local=is_local)
         except ProviderError as error:
+            if error.reason == "not_configured":  # no server error: to try again helps nobody
+                raise NotFoundError(str(error), code="search_not_configured") from error
             raise SearchFailedError(str(error), code="search_failed") from error
         await send_json(send, _body(answer))
 

@@ -2,15 +2,15 @@
 
 import asyncio
 import threading
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from lfm.errors import UsageError
 from lfm.search.addresses import AllowList
-from lfm.search.chain import SearchAnswer, SearchChain
+from lfm.search.chain import Outcomes, SearchAnswer, SearchChain
 from lfm.search.config import SearchConfig
 from lfm.search.embeddings import EmbeddingClient
-from lfm.search.errors import FetchError
+from lfm.search.errors import FetchError, NoIndexError
 from lfm.search.extraction import Extractor
 from lfm.search.fetch import FetchLimits, Page, PageFetcher
 from lfm.search.local_index import STORE_FILE, Hit, LocalIndex
@@ -19,7 +19,7 @@ from lfm.search.setup import open_chain
 
 
 class SearchService:
-    """For one event loop. Close it; nothing is open before the first search."""
+    """For one event loop. Close it; nothing is open before the first search. `outcomes` counts what became of them."""
 
     def __init__(self, config: SearchConfig | None = None) -> None:
         self.config = config or SearchConfig()
@@ -28,6 +28,7 @@ class SearchService:
         self._local: SearchChain | None = None
         self._extractor: Extractor | None = None
         self._fetcher: PageFetcher | None = None
+        self.outcomes: Outcomes = Counter()
 
     async def search(self, query: SearchQuery, *, tenant: str, is_local: bool = False) -> SearchAnswer:
         """What the configured providers find, or with `is_local` what stands in the operator's own documents.
@@ -64,12 +65,13 @@ class SearchService:
 
     def _web_chain(self) -> SearchChain:
         if self._web is None:
-            self._web = open_chain(self.config, index=self._index)
+            self._web = open_chain(self.config, index=self._index, outcomes=self.outcomes)
         return self._web
 
     def _local_chain(self) -> SearchChain:
         if self._local is None:
-            self._local = open_chain(replace(self.config, providers=("local",)), index=self._index)
+            local = replace(self.config, providers=("local",))
+            self._local = open_chain(local, index=self._index, outcomes=self.outcomes)
         return self._local
 
 
@@ -96,7 +98,10 @@ class _Index:
             if self._opened is None:
                 folder = None if config.index_folder is None else Path(config.index_folder)
                 if folder is None or not (folder / STORE_FILE).is_file():
-                    raise UsageError("There is no index yet. The operator can make one: lfm index add PATH...")
+                    raise NoIndexError(
+                        "There is no index of documents on this server yet. Its operator can make one with "
+                        "`lfm index add PATH...`, or choose a provider with --search-providers."
+                    )
                 embeddings = None
                 if config.embeddings_url is not None and config.embeddings_model is not None:
                     embeddings = EmbeddingClient(

@@ -11,7 +11,7 @@ from typing import Literal
 from lfm.chat.grammar_tools import OPENAI_TOOLS, ToolSyntax
 from lfm.chat.json_fields import json_type, typed
 from lfm.errors import RequestError
-from lfm.search.results import SearchQuery
+from lfm.search.results import SearchQuery, bare_domain
 from lfm.server.search_annotations import Citations
 
 Json = dict[str, object]
@@ -165,12 +165,7 @@ def _checked(tool: SearchTool, where: str) -> SearchTool:
 def _domains(raw: Json, filters: Json, name: str, where: str) -> tuple[str, ...]:
     value = filters.get(name, raw.get(name))
     entries = typed(value or [], list, f"{where}.{name}")
-    return tuple(_domain(typed(entry, str, f"{where}.{name}[{index}]")) for index, entry in enumerate(entries))
-
-
-def _domain(text: str) -> str:
-    """Clients write https://example.org/ for example.org."""
-    return re.sub(r"^https?://", "", text).rstrip("/")
+    return tuple(bare_domain(typed(entry, str, f"{where}.{name}[{index}]")) for index, entry in enumerate(entries))
 
 
 def _country(raw: Json, where: str) -> str | None:

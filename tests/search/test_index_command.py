@@ -127,7 +127,10 @@ def test_with_an_embeddings_server_documents_are_found_by_meaning(lfm: Lfm, fold
         (["add"], "Missing argument 'PATH...'"),
         (["search", "--limit", "0", "x"], "--limit 0 is out of range"),
         (["add", "--embeddings-url", "http://x", "."], "--embeddings-url and --embeddings-model belong together"),
-        (["add", "--embeddings-url", "x", "--embeddings-model", "m", "."], "'x' is no address"),
+        (
+            ["add", "--embeddings-url", "x", "--embeddings-model", "m", "."],
+            "server cannot be used: 'x' is no web address",
+        ),
         (["serch"], "No such command 'serch'. Did you mean 'search'?"),
     ],
 )

@@ -402,7 +402,7 @@ def test_nothing_found_is_no_error(web: Web) -> None:
 
 
 def test_an_address_that_is_none_is_the_operator_s_error() -> None:
-    with pytest.raises(UsageError, match=r"The address 'search\.example\.org' of searxng is none"):
+    with pytest.raises(UsageError, match=r"'search\.example\.org' is no web address"):
         SearXng(base_url="search.example.org")
 
 

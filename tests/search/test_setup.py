@@ -22,6 +22,16 @@ from tests.search.indexes import document
         ({"providers": ("searxng",)}, r"searxng needs searxng_url"),
         ({"providers": ("local", "local")}, "named twice in local, local"),
         ({"rates_per_s": {"brave": 0}}, "must be above 0"),
+        (
+            {"searxng_url": "localhost:8080"},
+            "The address of searxng cannot be used: 'localhost:8080' is no web address",
+        ),
+        ({"searxng_url": "http://["}, "is no web address"),
+        ({"searxng_url": "http://s.example/search?format=json"}, "has a query"),
+        ({"searxng_url": "http://2130706433"}, "writes an address in an odd way"),
+        ({"embeddings_url": "x:1", "embeddings_model": "m"}, "The address of the embeddings server cannot be used"),
+        ({"brave_api_key": "caf\u00e9"}, "brave_api_key holds characters that are in no key"),
+        ({"embeddings_key": "a\nb"}, r"Set LFM_EMBEDDINGS_KEY again\."),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(fields: dict[str, object], message: str) -> None:

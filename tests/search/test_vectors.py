@@ -223,5 +223,5 @@ def test_an_endless_answer_is_cut_off(web: Web, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_address_that_is_none_is_refused() -> None:
-    with pytest.raises(UsageError, match="is no address"):
+    with pytest.raises(UsageError, match="is no web address"):
         EmbeddingClient("localhost:8001", "m")

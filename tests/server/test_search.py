@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from lfm.config import ServerConfig
 from lfm.search.config import SearchConfig
@@ -91,8 +92,9 @@ def test_domains_are_filtered_here_too(web: Web) -> None:
         ("query", {"query": ["a"]}),
         ("max_results", {"query": "a", "max_results": 0}),
         ("max_results", {"query": "a", "max_results": "5"}),
-        ("allowed_domains", {"query": "a", "search_domain_filter": ["not a domain"]}),
-        ("blocked_domains", {"query": "a", "search_domain_filter": ["-"]}),
+        ("search_domain_filter", {"query": "a", "search_domain_filter": ["not a domain"]}),
+        ("allowed_domains", {"query": "a", "allowed_domains": ["not a domain"]}),
+        ("search_domain_filter", {"query": "a", "search_domain_filter": ["-"]}),
         ("country", {"query": "a", "country": "Germany"}),
     ],
 )
@@ -100,6 +102,13 @@ def test_a_wrong_field_is_named(param: str, body: dict[str, Any]) -> None:
     response = AppClient().post(PATH, body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+def test_domains_and_countries_may_be_written_as_people_do(web: Web) -> None:
+    client = AppClient(search=SearchService(with_searxng(web)))
+    body = {"query": "pump", "search_domain_filter": ["https://example.org/", "-https://a.org"], "country": "de"}
+    assert client.post(PATH, body).json()["results"]
+    assert client.post(PATH, {"query": "pump", "blocked_domains": ["http://example.org"]}).json()["results"] == []
 
 
 def failed(client: AppClient, **fields: Any) -> str:
@@ -110,8 +119,45 @@ def failed(client: AppClient, **fields: Any) -> str:
     return str(error["message"])
 
 
-def test_without_an_index_the_error_says_how_to_make_one() -> None:
-    assert "There is no index yet. The operator can make one: lfm index add PATH..." in failed(AppClient())
+@pytest.mark.parametrize("shows_paths", [True, False])
+def test_without_an_index_the_error_says_how_to_make_one(shows_paths: bool) -> None:
+    """It is no server error: clients try those again, and the operator has to act first."""
+    client = AppClient(search=SearchService(SearchConfig(shows_paths=shows_paths)))
+    response = client.post(PATH, {"query": "pump"})
+    assert response.status_code == 404
+    error = response.json()["error"]
+    assert error["code"] == "search_not_configured"
+    assert "Its operator can make one with `lfm index add PATH...`, or choose a provider" in error["message"]
+
+
+def test_a_failed_provider_beside_no_index_is_a_failure(web: Web) -> None:
+    web.answers["/search"] = Answer(status=500)
+    message = failed(AppClient(search=SearchService(with_searxng(web, providers=("local", "searxng")))))
+    assert "There is no index" in message
+    assert "searxng answers with status 500." in message
+
+
+def test_searches_are_counted_by_provider_and_outcome(tmp_path: Path, web: Web) -> None:
+    config = with_searxng(web, providers=("local", "searxng"))
+    with search_service(tmp_path, DOCUMENTS, config) as search:
+        client = AppClient(search=search)
+        for query in ("valve", "nothing", "Nothing"):
+            client.post(PATH, {"query": query})
+        web.answers["/search"] = Answer(status=429)
+        client.post(PATH, {"query": "other"})
+    counted = {
+        (sample.labels["provider"], sample.labels["outcome"]): sample.value
+        for family in text_string_to_metric_families(client.get("/metrics").text)
+        for sample in family.samples
+        if sample.name == "lfm_searches_total"
+    }
+    assert counted == {
+        ("local", "found"): 1,
+        ("local", "empty"): 2,
+        ("searxng", "found"): 1,
+        ("searxng", "cached"): 1,
+        ("searxng", "rate_limited"): 1,
+    }
 
 
 def test_an_empty_index_finds_nothing(tmp_path: Path) -> None:
@@ -124,7 +170,7 @@ def test_an_empty_index_finds_nothing(tmp_path: Path) -> None:
 def test_an_index_that_is_made_later_is_found(tmp_path: Path) -> None:
     service = SearchService(SearchConfig(index_folder=str(tmp_path)))
     client = AppClient(search=service)
-    failed(client)
+    assert client.post(PATH, {"query": "pump"}).status_code == 404
     with search_service(tmp_path, DOCUMENTS):
         pass
     assert client.post(PATH, {"query": "pump"}).json()["results"]

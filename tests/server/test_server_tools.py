@@ -304,7 +304,7 @@ def told(service: SearchService, **options: Any) -> str:
 
 
 def test_without_an_index_or_any_result_the_model_is_told(tmp_path: Path) -> None:
-    assert "There is no index yet." in told(SearchService())
+    assert "There is no index of documents on this server yet." in told(SearchService())
     with search_service(tmp_path, {}) as service:
         assert told(service) == "Nothing was found. Try other words, or answer without sources, and say so."
 

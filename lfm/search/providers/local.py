@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from lfm.errors import LfmError
 from lfm.search.clean import clean_line, clean_text
-from lfm.search.errors import ProviderError
+from lfm.search.errors import NoIndexError, ProviderError
 from lfm.search.local_index import Hit
 from lfm.search.results import SearchQuery, SearchResult
 
@@ -49,6 +49,8 @@ class Local:
         try:
             search = partial(self._index.search, query.text, limit=query.max_results)
             hits = await asyncio.get_running_loop().run_in_executor(self._threads, search)
+        except NoIndexError as error:
+            raise ProviderError("not_configured", str(error)) from error
         except LfmError as error:
             logger.warning("the local index cannot be searched: %s", error)
             cause = f" {error}" if self._shows_paths else " The log of the server says why."

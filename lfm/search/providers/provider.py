@@ -12,10 +12,10 @@ import httpx2
 import msgspec
 
 from lfm import __version__
-from lfm.errors import UsageError
 from lfm.search.errors import ProviderError, ProviderReason
 from lfm.search.http_body import ACCEPT_ENCODING, BodyError, read_body
 from lfm.search.results import SearchQuery, SearchResult
+from lfm.search.urls import server_root
 
 _T = TypeVar("_T")
 
@@ -49,12 +49,8 @@ class ProviderClient:
     """The connection to one provider. Redirects are not followed, cookies not kept, proxies and netrc not read."""
 
     def __init__(self, name: str, base_url: str, *, headers: Mapping[str, str] | None = None) -> None:
-        if not base_url.startswith(("http://", "https://")):
-            raise UsageError(
-                f"The address {base_url!r} of {name} is none. Give one such as https://search.example.org."
-            )
         self.name = name
-        self._root = base_url.rstrip("/")
+        self._root = server_root(base_url, of=name)
         self._headers = {
             "User-Agent": f"lfm/{__version__}",
             "Accept": "application/json",
@@ -62,7 +58,7 @@ class ProviderClient:
             **(headers or {}),
         }
         # On plain HTTP, as with one's own SearXNG, nobody is trusted rather than everybody's certificates loaded.
-        tls = True if base_url.startswith("https") else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        tls = True if self._root.startswith("https") else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         # A kept connection may be closed just as it is used, and a search would fail for nothing.
         limits = httpx2.Limits(max_keepalive_connections=0)
         self._transport = httpx2.AsyncHTTPTransport(verify=tls, trust_env=False, limits=limits)

@@ -96,12 +96,13 @@ class World:
 def joined(device: torch.device) -> Iterator[World]:
     """The world that the environment speaks of, as torchrun sets it; left when the body ends.
 
-    Raises UsageError if that is incomplete, MachineError if this machine has fewer GPUs than processes.
+    Raises UsageError if that is incomplete, MachineError if this machine has fewer GPUs than processes or if one of the
+    processes disappears while the body runs.
     """
-    size = num_processes()
-    if size == 1:
+    if _is_alone():
         yield World()
         return
+    size = num_processes()
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UsageError(
@@ -120,6 +121,13 @@ def joined(device: torch.device) -> Iterator[World]:
     try:
         control = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
         yield World(rank, size, init_device_mesh(device.type, (size,)), control)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise MachineError(
+            "The connection to another process of this run is lost: it was killed, or its machine failed. "
+            "The same command goes on from the newest checkpoint."
+        ) from error
     finally:
         dist.destroy_process_group()
 
@@ -127,3 +135,7 @@ def joined(device: torch.device) -> Iterator[World]:
 def num_processes() -> int:
     """How many processes torchrun has started for this run; 1 without it."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _is_alone() -> bool:
+    return num_processes() == 1

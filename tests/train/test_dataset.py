@@ -73,6 +73,26 @@ def test_a_position_alone_says_what_comes_next(tmp_path: Path) -> None:
     assert fresh.batches[0].forward.ids_T.tolist() == again.batches[0].forward.ids_T.tolist()
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_processes_share_the_micro_batches_of_one_without_overlap(tmp_path: Path, num_ranks: int) -> None:
+    dataset = stored(tmp_path, random_rows(LENGTHS))
+    alone = StepReader(dataset, batch_tokens=40, accumulation=2 * num_ranks, seed=3)
+    readers = [
+        StepReader(dataset, batch_tokens=40, accumulation=2, seed=3, rank=rank, num_ranks=num_ranks)
+        for rank in range(num_ranks)
+    ]
+    position = Position()
+    for _ in range(4):
+        whole, parts = alone.read(position), [reader.read(position) for reader in readers]
+        expected = [batch.forward.ids_T.tolist() for batch in whole.batches]
+        dealt = [part.batches[turn].forward.ids_T.tolist() for turn in range(2) for part in parts]
+        assert dealt == expected
+        for part in parts:
+            assert (part.num_tokens, part.num_targets) == (whole.num_tokens, whole.num_targets)
+            assert part.next_position == whole.next_position
+        position = whole.next_position
+
+
 def test_targets_are_counted_without_the_first_id_of_a_row(tmp_path: Path) -> None:
     rows = random_rows(LENGTHS)
     dataset = stored(tmp_path, rows)

@@ -1,6 +1,7 @@
 """Several processes, as torchrun starts them, against one: the same training, the same files."""
 
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lfm.errors import UsageError
+from lfm.cli.app import run
+from lfm.errors import MachineError, UsageError
+from lfm.train import world
 from lfm.train.checkpoint import checkpoint_folders
 from lfm.train.metrics import StepMetrics, read_metrics
 from lfm.train.recipe import TrainRecipe, parse_recipe
@@ -94,6 +97,47 @@ def test_two_processes_do_the_steps_of_one_and_resume_bit_for_bit(
 
     with pytest.raises(UsageError, match=r"processes was 2, is 1"):
         train(parse_recipe(raw, TrainRecipe, origin="recipe.toml"), "pretrain", on_progress=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set. Start with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR, MASTER_PORT is not set"),
+    ],
+)
+def test_half_an_environment_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    recipe = parse_recipe(recipe_dict(tmp_path), TrainRecipe, origin="recipe.toml")
+    with pytest.raises(UsageError, match=message):
+        train(recipe, "pretrain", on_progress=lambda line: None)
+
+
+def test_a_lost_connection_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A world of one process over gloo, whose body meets what gloo raises when a process is killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(world, "_is_alone", lambda: False)
+    with pytest.raises(MachineError, match="connection to another process"), world.joined(torch.device("cpu")):
+        raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    with pytest.raises(RuntimeError, match="another thing"), world.joined(torch.device("cpu")):
+        raise RuntimeError("another thing")
+
+
+@pytest.mark.parametrize("command", ["tokenizer", "builtin"])
+def test_what_is_one_process_refuses_to_be_several(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(["train", command, *(["recipe.toml"] * (command == "tokenizer"))]) == 2
+    assert f"lfm train {command} is one process" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -101,8 +101,15 @@ def _parse_lark(value: object, where: str) -> str:
     except UnicodeEncodeError:
         raise RequestError(f"{where} holds a lone surrogate. Send whole characters.", param=where) from None
     text = text.removeprefix(_LARK_HEADER)
-    refused = _REFUSED_LARK.search(_LARK_PIECES.sub(" ", text))
-    if refused:
+    rest = _LARK_PIECES.sub(" ", text)
+    if '"' in rest or "/" in rest:  # else we might see pieces where the library does not, and miss what is between them
+        raise RequestError(
+            f"{where} has a string or a regular expression that does not end on its line. Close it there, and write a "
+            "line break as \\n.",
+            param=where,
+            code="invalid_grammar",
+        )
+    if refused := _REFUSED_LARK.search(rest):
         raise RequestError(
             f"{where} uses {refused[0]!r}, which is not supported. Allowed: rules, terminals, %ignore, %import common.",
             param=where,

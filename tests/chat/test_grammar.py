@@ -281,6 +281,11 @@ def test_a_lark_grammar_holds_the_answer() -> None:
             "response_format.grammar",
         ),
         ({"type": "grammar", "grammar": "start: @other"}, "response_format.grammar"),
+        # What the library reads as two expressions with something between them must not look like one to us.
+        ({"type": "grammar", "grammar": "start: /a\n/ <[10]> /b\n/"}, "response_format.grammar"),
+        ({"type": "grammar", "grammar": "start: /a\n/ %json {} /b\n/"}, "response_format.grammar"),
+        ({"type": "grammar", "grammar": 'start: "a\n" <[10]> "b\n"'}, "response_format.grammar"),
+        ({"type": "grammar", "grammar": "start: /*a/ <[10]> /b/"}, "response_format.grammar"),
         ({"type": "grammar", "grammar": "start[max_tokens=3]: /a+/"}, "response_format.grammar"),
         ({"type": "grammar", "grammar": "start: /" + "a" * 70_000 + "/"}, "response_format.grammar"),
         ({"type": "grammar", "grammar": 'start: "\ud800"'}, "response_format.grammar"),

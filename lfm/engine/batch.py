@@ -105,8 +105,9 @@ class BatchBuilder:
         self.tables = BlockTables(
             max_running=max_running, max_blocks=-(-max_model_len // block_size), block_size=block_size, device=device
         )
-        max_tokens, max_rows = max(step_tokens, max_running) + MAX_PADDING, max_running + 2
-        most = Sizes(max_tokens, max_rows, self.max_writes(max_tokens, max_rows))
+        self.max_tokens = max(step_tokens, max_running)  # of a step, without padding
+        room, max_rows = self.max_tokens + MAX_PADDING, max_running + 2
+        most = Sizes(room, max_rows, self.max_writes(room, max_rows))
         self._upload = Upload(most.num_ints, device)
 
     def max_writes(self, num_tokens: int, num_rows: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lfm.engine.answers import entries, logprobs_to_host, to_host
 from lfm.engine.batch import BatchBuilder, Ints, StepTensors, device_rows_of, ends_of, row_start
-from lfm.engine.chunk_graphs import ChunkGraphs, finite_rows
+from lfm.engine.chunk_graphs import SPARE_BYTES, ChunkGraphs, finite_rows
 from lfm.engine.graphs import DecodeGraph, DecodeGraphs, Shape
 from lfm.engine.sampler import Logprobs, SampleOutput, sample, token_logprobs
 from lfm.engine.sampling_rows import SampleFlags, SamplingRows
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 # Prompt tokens per pass over the head: bounds the logits of a prompt that asks for its log-probabilities.
 PROMPT_LOGPROBS_PASS = 256
-SPARE_BYTES = 4 * 2**30  # so much of the GPU's memory stays free of graphs that nobody has asked for yet
 PromptLogprobs = dict[int, tuple[Tensor, Logprobs]]  # per row of the batch: target ids and their log-probabilities
 
 

@@ -2,8 +2,16 @@
 
 import torch
 
-from lfm.engine.batch import BatchBuilder, Sizes
-from lfm.engine.chunk_graphs import ROWS, TOKENS, ChunkGraph, ChunkGraphs
+from lfm.engine.batch import MAX_PADDING, BatchBuilder, Sizes
+from lfm.engine.chunk_graphs import (
+    MAX_PADDED_SHARE,
+    ROWS,
+    SMALL_TOKENS,
+    SPARE_BYTES,
+    TOKENS,
+    ChunkGraph,
+    ChunkGraphs,
+)
 from lfm.engine.graphs import BUCKETS, DecodeGraph, DecodeGraphs, Shape
 from lfm.engine.sampling_rows import SamplingRows
 from lfm.engine.sequence import Sequence
@@ -26,6 +34,10 @@ class FakeGraph:
 
 class FakeChunkGraphs(ChunkGraphs):
     fails = False
+    free_bytes = 2 * SPARE_BYTES
+
+    def _free_bytes(self) -> int:
+        return self.free_bytes
 
     def _capture(self, sizes: Sizes) -> ChunkGraph:
         if self.fails:
@@ -102,3 +114,46 @@ def test_decode_graphs_are_made_ahead_for_every_number_of_rows() -> None:
     while graphs.want_next():
         assert graphs.capture_wanted()
     assert graphs.shapes == [Shape(bucket, False) for bucket in BUCKETS if bucket <= MAX_RUNNING]
+
+
+def test_a_large_step_has_a_graph_only_if_it_nearly_fills_it() -> None:
+    model, rows, builder = parts()
+    graphs = FakeChunkGraphs(model, NO_CACHE, rows, builder, REFERENCE)
+    while graphs.want_next():
+        graphs.capture_wanted()
+    for num_tokens in (3972, 4000, 4095, 4096):
+        graph = graphs.find(step(num_tokens, 3))
+        assert graph is not None
+        assert graph.sizes.tokens == 4096
+    for num_tokens in (2049, 3000, 3971):
+        assert graphs.find(step(num_tokens, 3)) is None, "padding would cost more than launches"
+    assert not graphs.capture_wanted()
+
+
+def test_no_graph_is_made_for_steps_that_cannot_occur() -> None:
+    """The builder has room for steps of 4,096 tokens."""
+    model, rows, builder = parts()
+    graphs = FakeChunkGraphs(model, NO_CACHE, rows, builder, REFERENCE)
+    while graphs.want_next():
+        graphs.capture_wanted()
+    assert {sizes.tokens for sizes in graphs._graphs} == {tokens for tokens in TOKENS if tokens <= 4096}
+
+
+def test_large_graphs_leave_memory_free() -> None:
+    model, rows, builder = parts()
+    graphs = FakeChunkGraphs(model, NO_CACHE, rows, builder, REFERENCE)
+    graphs.free_bytes = SPARE_BYTES - 1
+    assert graphs.find(step(4096, 3)) is None
+    assert graphs.capture_wanted()
+    assert graphs.find(step(4096, 3)) is None
+    assert not graphs.capture_wanted(), "it is not tried at every step"
+    while graphs.want_next():
+        graphs.capture_wanted()
+    assert graphs.find(step(2048, 3)) is not None
+
+
+def test_the_longest_padded_step_fits_the_upload_buffer() -> None:
+    """Its inputs are padded on the host: as many tokens as the graph has room for."""
+    for tokens in TOKENS:
+        if tokens > SMALL_TOKENS:
+            assert tokens - tokens / (1 + MAX_PADDED_SHARE) <= MAX_PADDING

@@ -69,9 +69,6 @@ class _Anchor:
 
 _Parsed = Chars | Concat | Choice | Repeat | _Anchor
 
-EMPTY = Concat(())
-
-
 _CONTROL_ESCAPES = {"t": 0x09, "n": 0x0A, "v": 0x0B, "f": 0x0C, "r": 0x0D, "0": 0x00}
 
 ANY_TEXT = Repeat(Chars(ANY_RANGES), 0, None)

@@ -21,6 +21,7 @@ from lfm.kernels.forward_batch import SCRATCH_BLOCK, ForwardBatch
 Ints = NDArray[np.int64]
 UNKNOWN_ID = -1  # the id is on the device only: the row's last sample
 
+ALIGNED_INTS = 2  # int64 in 16 bytes
 MAX_PADDING = 512  # tokens that a graph's room may be larger than the step
 
 TOKEN_FIELDS = ("ids", "positions", "rows", "slots", "is_real")
@@ -37,17 +38,20 @@ class Sizes(NamedTuple):
 
     @property
     def num_ints(self) -> int:
-        num_fields = len(TOKEN_FIELDS) * self.tokens + len(ROW_FIELDS) * self.rows + len(WRITE_FIELDS) * self.writes
-        return num_fields + self.rows + 1
+        return max(where.stop for where in self.slices().values())
 
     def slices(self) -> dict[str, slice]:
-        """Where each field lies in a buffer of `num_ints`; `row_starts` has one entry more than rows."""
+        """Where each field lies in a buffer of `num_ints`; `row_starts` has one entry more than rows.
+
+        Fields begin at multiples of 16 bytes, whatever the sizes: kernels are compiled for pointers that do, and again
+        for those that do not.
+        """
         widths = [(name, self.tokens) for name in TOKEN_FIELDS] + [(name, self.rows) for name in ROW_FIELDS]
         widths += [(name, self.writes) for name in WRITE_FIELDS] + [("row_starts", self.rows + 1)]
         found, begin = {}, 0
         for name, width in widths:
             found[name] = slice(begin, begin + width)
-            begin += width
+            begin += width + width % ALIGNED_INTS
         return found
 
 
@@ -73,10 +77,10 @@ class Upload:
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        is_cuda = device.type == "cuda"
+        is_cuda, is_host = device.type == "cuda", device.type == "cpu"
         self._staging = [torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda) for _ in range(2)]
         self._views = [staging.numpy() for staging in self._staging]
-        self._device = torch.zeros(size, dtype=torch.int64, device=device) if is_cuda else None
+        self._device = None if is_host else torch.zeros(size, dtype=torch.int64, device=device)
         self._turn = 0
 
     def next(self) -> Ints:

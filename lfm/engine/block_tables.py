@@ -34,7 +34,8 @@ class BlockTables:
         if self._is_shared:
             self.device = torch.from_numpy(self.host)
         else:  # two in turn: written again when the step that copied from it has been read back
-            self._staging = [torch.zeros(2 * STAGED_ENTRIES, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+            is_cuda = device.type == "cuda"
+            self._staging = [torch.zeros(2 * STAGED_ENTRIES, dtype=torch.int64, pin_memory=is_cuda) for _ in range(2)]
 
     def extend(self, batch: ScheduledBatch, device_rows: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
         """Append what the batch's rows lack up to their ends [S]. Never waits for the device."""
@@ -61,7 +62,7 @@ class BlockTables:
         self._staging.reverse()
         staging, size = self._staging[0], 2 * len(indices)
         if size > len(staging):
-            staging = torch.zeros(size, dtype=torch.int64, pin_memory=True)
+            staging = torch.zeros(size, dtype=torch.int64, pin_memory=self.device.is_cuda)
         staging[:size].numpy()[:] = indices + blocks
         on_device = staging[:size].to(self.device.device, non_blocking=True)
         self.device.view(-1)[on_device[: len(indices)]] = on_device[len(indices) :]

@@ -9,21 +9,18 @@ import torch
 
 from lfm.chat.tokenizer import Tokenizer
 from lfm.config import EngineConfig, EnginePlan, ModelConfig
-from lfm.engine.batch import BatchBuilder
 from lfm.engine.cache import BlockHasher, BlockPool
 from lfm.engine.engine import Engine
 from lfm.engine.grammar_library import TokenTable
 from lfm.engine.grammar_masks import token_table
 from lfm.engine.grammars import Grammars
+from lfm.engine.make_runner import DTYPES, make_cache, make_runner
 from lfm.engine.plan import plan_engine
 from lfm.engine.runner import Runner
-from lfm.engine.sampling_rows import SamplingRows
 from lfm.engine.scheduler import Scheduler
 from lfm.engine.warm_up import measure_workspace
 from lfm.errors import MachineError
 from lfm.kernels.attention import is_paged_fast
-from lfm.kernels.forward_batch import CacheTensors
-from lfm.kernels.fp8 import FP8
 from lfm.model.lfm2 import Lfm2
 from lfm.model.ops import FAST, REFERENCE, Ops
 from lfm.model.pack import pack
@@ -36,7 +33,6 @@ from lfm.protocol import EngineInfo
 # Forced ids from which on a chunk is worth it. With overlap the first of them is sampled anyway, in the step whose
 # forward is launched already, and a chunk of one would save nothing. On a CPU 2 to 4 cost least (bench/structured.py).
 MIN_CHUNK = 2
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def build_engine(config: EngineConfig, *, on_phase: Callable[[str], None] = lambda line: None) -> Engine:
@@ -91,20 +87,12 @@ def assemble_engine(
 
     `make_table` makes the tokens that grammars are written in; without it, requests may have none.
     """
-    config, device = model.config, torch.device(plan.device)
+    config = model.config
     if ops is None:
         ops = REFERENCE if plan.plain_loop else FAST
-    rows = SamplingRows(plan.max_running, config.vocab_size, num_ids=num_ids, device=device)
-    builder = BatchBuilder(
-        max_running=plan.max_running,
-        step_tokens=plan.step_tokens,
-        max_model_len=plan.max_model_len,
-        block_size=plan.block_size,
-        device=device,
-    )
-    runner = Runner(model, _cache(config, plan, 0), rows, builder, ops=ops)
+    runner = make_runner(model, plan, num_ids=num_ids, ops=ops)
     num_blocks = plan.num_blocks if plan.num_blocks is not None else _measure_num_blocks(runner, plan)
-    runner.cache = _cache(config, plan, num_blocks)
+    runner.cache = make_cache(config, plan, num_blocks)
     scheduler = Scheduler(
         BlockPool(num_blocks),
         BlockHasher(os.urandom(32), model=name, kv_dtype=plan.dtype if plan.kv_dtype == "auto" else plan.kv_dtype),
@@ -119,7 +107,7 @@ def assemble_engine(
     if is_fast and ops.is_capturable and _has_kernels(runner):
         runner.enable_graphs()
     overlap = is_fast if overlap is None else overlap
-    grammars = Grammars(make_table, rows, scheduler, min_chunk=MIN_CHUNK)
+    grammars = Grammars(make_table, runner.rows, scheduler, min_chunk=MIN_CHUNK)
     return Engine(scheduler, runner, grammars, info, num_ids=num_ids, overlap=overlap, seed=plan.seed)
 
 
@@ -127,18 +115,6 @@ def _has_kernels(runner: Runner) -> bool:
     """Whether the fast ops take this model; what falls back to its reference cannot be captured."""
     weight, cache = runner.model.model.embed_tokens.weight, runner.cache
     return all(is_paged_fast(weight, runner.model.config.num_attention_heads, k) for k in cache.k[:1])
-
-
-def _cache(config: ModelConfig, plan: EnginePlan, num_blocks: int) -> CacheTensors:
-    """The pool's tensors: the usable blocks and the scratch block."""
-    return CacheTensors.allocate(
-        config,
-        num_blocks + 1,
-        block_size=plan.block_size,
-        dtype=DTYPES[plan.dtype],
-        device=torch.device(plan.device),
-        kv_dtype=FP8 if plan.kv_dtype == "fp8" else None,
-    )
 
 
 def _measure_num_blocks(runner: Runner, plan: EnginePlan) -> int:

@@ -3,12 +3,14 @@
 A graph serves up to `bucket` rows; padding rows name the scratch block, the scratch row and no expert. Graphs are
 captured by the engine thread, between steps, for the buckets that steps asked for; until then the eager path serves.
 Warm-up and capture use scratch inputs: a tail write is not idempotent, so nothing may run twice on live blocks.
-All inputs of a step travel in one copy. Legend: B rows of the bucket, V vocabulary.
+All inputs of a step travel in one copy. Legend: B rows of the bucket, V vocabulary, W columns of the inputs: B, or one
+more where that is odd, so that every line begins at a multiple of 16 bytes, as kernels want their pointers.
 """
 
 import logging
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lfm.engine.batch import UNKNOWN_ID, BatchBuilder, Ints
+from lfm.engine.batch import ALIGNED_INTS, UNKNOWN_ID, BatchBuilder, Ints
 from lfm.engine.block_tables import BlockTables
 from lfm.engine.prefix_groups import MIN_ROWS, TILE_ROWS, PrefixGroups, group_by_prefix
 from lfm.engine.sampler import sample
@@ -52,9 +54,9 @@ class DecodeGraph:
     """One captured shape: its input buffer, its outputs, and the sampling graphs captured on top of it."""
 
     shape: Shape
-    inputs: Tensor  # int64 [NUM_LINES, B] on the device
+    inputs: Tensor  # int64 [NUM_LINES, W] on the device
     staging: list[Tensor]  # two of the same, pinned
-    graph: torch.cuda.CUDAGraph
+    graph: torch.cuda.CUDAGraph | None  # None where it only runs once, to have kernels compiled
     logits_BV: Tensor
     is_finite_B: Tensor
     samples: dict[SampleFlags, tuple[torch.cuda.CUDAGraph, Tensor]] = field(default_factory=dict)
@@ -62,12 +64,12 @@ class DecodeGraph:
 
     @property
     def device_rows_B(self) -> Tensor:
-        return self.inputs[3]
+        return self.inputs[3, : self.shape.bucket]
 
     @property
     def next_positions_B(self) -> Tensor:
         """Positions of the ids to be sampled."""
-        return self.inputs[6]
+        return self.inputs[6, : self.shape.bucket]
 
 
 class DecodeGraphs:
@@ -103,6 +105,7 @@ class DecodeGraphs:
         staging = graph.staging[graph.turn]
         self._fill(staging.numpy(), batch, device_rows, starts, groups)
         graph.inputs.copy_(staging, non_blocking=True)
+        assert graph.graph is not None
         graph.graph.replay()
         self.num_replayed += 1
         return graph
@@ -153,7 +156,7 @@ class DecodeGraphs:
     def _fill(
         self, fields: Ints, batch: ScheduledBatch, device_rows: Ints, starts: Ints, groups: PrefixGroups | None
     ) -> None:
-        """Write the step's inputs [NUM_LINES, B]; columns beyond the batch's rows are padding."""
+        """Write the step's inputs [NUM_LINES, W]; columns beyond the batch's rows are padding."""
         size, num_rows = self._builder.block_size, len(starts)
         tables = self._builder.tables.host
         blocks = tables[device_rows, starts // size]
@@ -179,9 +182,23 @@ class DecodeGraphs:
         return (0, 0, slot, self._rows.scratch_row, SCRATCH_BLOCK, SCRATCH_BLOCK, 1, 0, 0, -1, -1)
 
     @torch.inference_mode()
+    def run_every_shape(self, every_flags: Sequence[SampleFlags]) -> None:
+        """Run each shape that steps may ask for, and sampling with each of these flags, once and on padding alone."""
+        for bucket in self._buckets:
+            for has_shared in (False, True) if bucket >= MIN_SHARED_BUCKET else (False,):
+                shape = Shape(bucket, has_shared)
+                inputs = self._padded_inputs(bucket)
+                decode = DecodeGraph(shape, inputs, [], None, *self._forward(inputs, shape))
+                for flags in every_flags:
+                    self._sample(decode, flags)
+
+    def _padded_inputs(self, bucket: int) -> Tensor:
+        padding = torch.tensor(self._padding(), dtype=torch.int64, device=self._rows.device)
+        return padding[:, None].expand(-1, bucket + bucket % ALIGNED_INTS).contiguous()
+
+    @torch.inference_mode()
     def _capture(self, shape: Shape) -> DecodeGraph:
-        inputs = torch.tensor(self._padding(), dtype=torch.int64, device=self._rows.device)
-        inputs = inputs[:, None].expand(-1, shape.bucket).contiguous()
+        inputs = self._padded_inputs(shape.bucket)
         staging = [torch.zeros(inputs.shape, dtype=torch.int64, pin_memory=True) for _ in range(2)]
         self._forward(inputs, shape)  # compiles kernels, makes the libraries' handles, grows the rope tables
         graph = torch.cuda.CUDAGraph()
@@ -199,7 +216,8 @@ class DecodeGraphs:
         decode.samples[flags] = (graph, ids_B)
 
     def _forward(self, inputs: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-        batch = _decode_batch(inputs, self._builder.tables, self._rows.last_ids_R, self._builder.max_model_len)
+        fields = inputs[: len(FIELDS), : shape.bucket]
+        batch = _decode_batch(fields, self._builder.tables, self._rows.last_ids_R, self._builder.max_model_len)
         if shape.has_shared:
             tiles_YX = inputs[len(FIELDS) + 1 :].view(shape.bucket // MIN_ROWS, TILE_ROWS)
             batch = replace(batch, shared=SharedPrefix(inputs[len(FIELDS)], tiles_YX))
@@ -211,11 +229,11 @@ class DecodeGraphs:
         return sample(self._rows, decode.logits_BV, row_R=rows, position_R=positions, flags=flags).ids_R
 
 
-def _decode_batch(inputs: Tensor, tables: BlockTables, last_ids_R: Tensor, max_model_len: int) -> ForwardBatch:
-    """The bucket's forward inputs, as views of its buffer and of what is derived from it on the device."""
-    ids, positions, slots, device_rows, tail_reads, tail_writes, _, is_real = inputs[: len(FIELDS)].unbind()
-    bucket = inputs.shape[1]
-    rows = torch.arange(bucket + 1, device=inputs.device)
+def _decode_batch(fields_FB: Tensor, tables: BlockTables, last_ids_R: Tensor, max_model_len: int) -> ForwardBatch:
+    """The bucket's forward inputs, as views of the fields in its buffer and of what is derived from it on the device."""
+    ids, positions, slots, device_rows, tail_reads, tail_writes, _, is_real = fields_FB.unbind()
+    bucket = fields_FB.shape[1]
+    rows = torch.arange(bucket + 1, device=fields_FB.device)
     return ForwardBatch(
         ids_T=torch.where(ids == UNKNOWN_ID, last_ids_R[device_rows], ids),
         positions_T=positions,

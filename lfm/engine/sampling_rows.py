@@ -286,7 +286,7 @@ class SamplingRows:
         return self._pinned(tensor).to(self.device, non_blocking=True)
 
     def _pinned(self, tensor: Tensor) -> Tensor:
-        return tensor if self.device.type == "cpu" else tensor.pin_memory()
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
 
 class IdLists:

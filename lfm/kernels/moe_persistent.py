@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lfm.kernels.triton_guard import has_warp_group_products, num_multiprocessors
+
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
@@ -187,9 +189,7 @@ def grouped_product_kernel(
 def can_run(gate_up_E2FD: Tensor, down_EDF: Tensor) -> bool:
     """Whether these weights are on a Hopper GPU and fit the blocks."""
     _, hidden, width = down_EDF.shape
-    if not (HAS_GLUON and gate_up_E2FD.is_cuda and hidden % 256 == 0 and width % 128 == 0):
-        return False
-    return torch.cuda.get_device_capability(down_EDF.device)[0] == 9
+    return HAS_GLUON and has_warp_group_products(gate_up_E2FD.device) and hidden % 256 == 0 and width % 128 == 0
 
 
 def _blocks_of(tensor: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> Any:
@@ -201,7 +201,7 @@ def products(x_PD: Tensor, pairs: Any, weights_TA: Tensor, gate_up_E2FD: Tensor,
     """y [P, D] of the sorted pairs (a `moe_prefill.SortedPairs`); one program per multiprocessor."""
     num_experts, hidden, width = down_EDF.shape
     act_PF, y_PD = x_PD.new_empty(len(x_PD), width), torch.empty_like(x_PD)
-    grid = (torch.cuda.get_device_properties(x_PD.device).multi_processor_count,)
+    grid = (num_multiprocessors(x_PD.device),)
     common = (pairs.order_P, weights_TA, pairs.tile_M3, pairs.num_tiles_1)
     options = {"BK": 64, "STAGES": STAGES, "GROUP": GROUP, "num_warps": 4}
     gate_up = _blocks_of(gate_up_E2FD, (num_experts, 2, width, hidden), (1, 2, 128, 64))

@@ -25,7 +25,17 @@ except ImportError:
     TensorDescriptor: Any = None  # type: ignore[no-redef]
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "TensorDescriptor", "has_dependent_launch", "libdevice", "runs_triton", "tl", "triton"]
+__all__ = [
+    "HAS_TRITON",
+    "TensorDescriptor",
+    "has_dependent_launch",
+    "has_warp_group_products",
+    "libdevice",
+    "num_multiprocessors",
+    "runs_triton",
+    "tl",
+    "triton",
+]
 
 
 def runs_triton(x: Tensor) -> bool:
@@ -40,3 +50,15 @@ def has_dependent_launch(device: torch.device) -> bool:
     Such a kernel calls `tl.extra.cuda.gdc_wait()` before it reads or writes what others may still write or read.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def has_warp_group_products(device: torch.device) -> bool:
+    """Whether four warps can multiply together from shared memory (wgmma): Hopper alone."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """How many programs of the largest size run at a time."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -57,7 +57,7 @@ def pretrain(
     minutes: MinutesFlag = None,
     debug: options.DebugFlag = False,
 ) -> None:
-    """Train on whole texts and conversations: every token counts."""
+    """Train on whole texts and conversations: every token counts. Under torchrun, with several GPUs."""
     _train(recipe, "pretrain", dry_run=dry_run, minutes=minutes)
 
 
@@ -68,7 +68,7 @@ def sft(
     minutes: MinutesFlag = None,
     debug: options.DebugFlag = False,
 ) -> None:
-    """Fine-tune on conversations: only the assistant's turns count."""
+    """Fine-tune on conversations: only the assistant's turns count. Under torchrun, with several GPUs."""
     _train(recipe, "sft", dry_run=dry_run, minutes=minutes)
 
 

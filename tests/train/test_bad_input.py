@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,20 @@ def test_a_checkpoint_of_another_shape_is_refused_and_kept(stopped: Command) -> 
     assert "hidden_size was 32, is 64" in (line := stopped.error())
     assert "name another run.output" in line
     assert stopped.weights() == before
+
+
+@pytest.mark.parametrize("name", ["training/state.safetensors", "training/state.json"])
+def test_a_checkpoint_that_was_cut_off_is_named_and_the_one_before_goes_on(command: Command, name: str) -> None:
+    assert command() == 0
+    whole = command.weights()
+    newest = checkpoint_folders(command.output)[-1]
+    (newest / name).write_bytes((newest / name).read_bytes()[:-30])
+    assert command() == 2
+    assert f"{newest} is damaged" in (line := command.error())
+    assert "resumes from the one before" in line
+    shutil.rmtree(newest)  # what the message advises
+    assert command() == 0
+    assert command.weights() == whole
 
 
 def test_weights_to_start_from_that_have_another_shape_are_refused(stopped: Command, tmp_path: Path) -> None:

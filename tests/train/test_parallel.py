@@ -32,6 +32,7 @@ def small_recipe(tmp_path: Path, name: str, *, accumulation: int, device: str = 
     raw["model"]["shape"] |= {"num_experts": 5, "intermediate_size": 45}
     raw["batch"]["accumulation"] = accumulation
     raw["data"]["validation_rows"] = 7
+    raw["run"]["checkpoint_activations"] = device == "cpu"
     return raw | {"schedule": {"steps": 6, "warmup_steps": 2}}
 
 

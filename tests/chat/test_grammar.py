@@ -297,6 +297,29 @@ def test_a_response_format_that_cannot_be_held_is_refused_by_path(value: object,
     assert caught.value.param == param
 
 
+def test_what_we_take_for_text_of_a_lark_grammar_is_text_to_the_library() -> None:
+    """Random pieces put together: no token and no reference that the library sees may get past our search for them."""
+    pieces = [*'"/\\\n #|()[*\t', "//", "/*", "<|unknown|>", "@unknown", '"a"', "/a/", '"i ', "\r", "\u2028"]
+    choice = random.Random(7)
+    complaints = []
+    for _ in range(4000):
+        text = "start: " + "".join(choice.choices(pieces, k=choice.randint(3, 12)))
+        if "unknown" not in text:
+            continue
+        try:
+            answer, _ = parse_answer_format({"type": "grammar", "grammar": text}, max_tokens=CONTEXT)
+        except RequestError:
+            continue
+        assert answer is not None
+        try:
+            grammars().matcher(answer_grammar(answer))
+            complaints.append("")
+        except RequestError as error:
+            complaints.append(error.message)
+    assert not [one for one in complaints if "unknown special token" in one or "unknown grammar" in one]
+    assert complaints.count("") > 50
+
+
 def test_a_text_that_looks_like_another_kind_of_grammar_stays_lark() -> None:
     """The library also takes JSON; with it a client could bring a schema past our reading of it."""
     smuggled = '{"grammars": [{"json_schema": {"type": "array", "minItems": 1000000}}]}'

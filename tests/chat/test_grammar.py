@@ -298,14 +298,16 @@ def test_a_response_format_that_cannot_be_held_is_refused_by_path(value: object,
 
 
 def test_what_we_take_for_text_of_a_lark_grammar_is_text_to_the_library() -> None:
-    """Random pieces put together: no token and no reference that the library sees may get past our search for them."""
-    pieces = [*'"/\\\n #|()[*\t', "//", "/*", "<|unknown|>", "@unknown", '"a"', "/a/", '"i ', "\r", "\u2028"]
+    """No token and no reference that the library sees may get past our search for them, whatever stands around it."""
     choice = random.Random(7)
     complaints = []
+
+    def quoted() -> str:
+        quote = choice.choice(['"', "/", "#", "//"])
+        return quote + "".join(choice.choices('a\n\\"/#*[|\r\u2028', k=choice.randint(1, 3))) + quote
+
     for _ in range(4000):
-        text = "start: " + "".join(choice.choices(pieces, k=choice.randint(3, 12)))
-        if "unknown" not in text:
-            continue
+        text = f"start: {quoted()} {choice.choice(['<|unknown|>', '@unknown'])} {quoted()}"
         try:
             answer, _ = parse_answer_format({"type": "grammar", "grammar": text}, max_tokens=CONTEXT)
         except RequestError:

@@ -158,12 +158,14 @@ def _phases() -> Iterator[PhaseLine]:
 
 def _describe(recipe: "TrainRecipe") -> None:
     from lfm.train.dataset import MANIFEST, Dataset
-    from lfm.train.estimate import describe, describe_data
+    from lfm.train.estimate import describe, describe_data, describe_teacher
     from lfm.train.session import choose_device, find_origin
 
     device, dtype = choose_device(recipe)
     for line in describe(find_origin(recipe).config, recipe, device, dtype):
         note(line)
+    if recipe.distill is not None:
+        note(describe_teacher(recipe.distill, dtype))
     folder = Path(recipe.run.output) / "data"
     if (folder / MANIFEST).exists():
         note(describe_data(Dataset(folder), recipe))

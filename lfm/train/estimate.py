@@ -10,9 +10,10 @@ import torch
 
 from lfm.config import ModelConfig
 from lfm.model.sizes import format_bytes, num_active_parameters, num_parameters
+from lfm.model.source import resolve_model
 from lfm.train.dataset import Dataset
 from lfm.train.metrics import format_seconds
-from lfm.train.recipe import TrainRecipe
+from lfm.train.recipe import DistillSettings, TrainRecipe
 
 _FP32 = 4
 # Shares of the matrix rate that small models reach with plain operations: much of a step is not matrix products.
@@ -90,6 +91,16 @@ def describe(config: ModelConfig, recipe: TrainRecipe, device: torch.device, dty
         f"time: {fast} to {slow} at {100 * _HIGH_USE:.0f} to {100 * _LOW_USE:.0f} % of the {rate / 1e12:.2f} TFLOP/s "
         f"that matrix products in {name} reach here now",
     ]
+
+
+def describe_teacher(settings: DistillSettings, dtype: torch.dtype) -> str:
+    """A line about what a distillation adds. Raises ModelError if the teacher cannot be found."""
+    config = resolve_model(settings.teacher).config
+    num = num_parameters(config)
+    return (
+        f"teacher: {num:,} parameters, {num_active_parameters(config):,} active per token; about "
+        f"{format_bytes(num * dtype.itemsize)} more, and the time of its forward"
+    )
 
 
 def describe_data(dataset: Dataset, recipe: TrainRecipe) -> str:

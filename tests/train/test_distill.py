@@ -1,11 +1,13 @@
 """Learning from a teacher: logits in chunks, and whole runs from a recipe."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lfm.cli.app import run as command
 from lfm.errors import UsageError
 from lfm.model.full_forward import full_logits
 from lfm.model.lfm2 import Lfm2
@@ -17,6 +19,7 @@ from lfm.train.metrics import read_metrics
 from lfm.train.recipe import DistillSettings
 from lfm.train.teacher import Teacher
 from tests.train.models import random_rows, recipe_dict, write_tiny_tokenizer
+from tests.train.test_cli import write_toml
 from tests.train.test_session import files_in, run, stop_after, without_times
 
 torch.set_num_threads(1)
@@ -129,3 +132,13 @@ def test_a_teacher_with_other_ids_is_refused(tmp_path: Path, taught: tuple[Path,
         run(student_of(raw, tmp_path / "many", teacher=str(checkpoint), top_k=100_000))
     with pytest.raises(UsageError, match="has no weights"):
         run(student_of(raw, tmp_path / "random", teacher="random:tiny"))
+
+
+def test_a_dry_run_says_what_the_teacher_takes(
+    tmp_path: Path, taught: tuple[Path, dict[str, Any], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, raw, checkpoint = taught
+    recipe = write_toml(tmp_path / "recipe.toml", student_of(raw, tmp_path / "none", teacher=str(checkpoint)))
+    assert command(["train", "pretrain", str(recipe), "--dry-run"]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("teacher: ")]
+    assert re.match(r"teacher: [\d,]+ parameters, [\d,]+ active per token; about .* more", line)

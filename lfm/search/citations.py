@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lfm.search.ranking import Bm25
 from lfm.search.sentences import sentence_spans
 
+MAX_NUMBER = 9_999  # of a source: more digits in brackets are something else
 _NUMBERS = r"\d{1,4}(?:\s{0,2}[,;]\s{0,2}\d{1,4}){0,20}"
 _MARK = rf"\[(?:[Ss]ources?\s)?{_NUMBERS}\](?![(:])"
 _MARKS = re.compile(rf"{_MARK}(?:\s{{0,2}}{_MARK}){{0,20}}")

@@ -59,6 +59,11 @@ def render(sources: Sequence[Source]) -> str:
     return "\n\n".join(map(_render_one, sources))
 
 
+def grounded(sources: Sequence[Source]) -> str:
+    """The sources, and how to cite them: what stands in a prompt."""
+    return f"{CITE_INSTRUCTION}\n\n{render(sources)}"
+
+
 def _render_one(source: Source) -> str:
     title = clean_line(source.title, max_chars=_MAX_TITLE_CHARS)
     location = clean_line(source.location, max_chars=_MAX_LOCATION_CHARS)

@@ -12,6 +12,7 @@ from lfm.server.documents import ground
 from lfm.server.endpoint import Call, Prepared
 from lfm.server.generation import Choice
 from lfm.server.logprobs import chat_logprobs, token_arrays
+from lfm.server.past_searches import cite_past
 from lfm.server.refusals import CHAT_RULES
 from lfm.server.schemas import ChatRequest
 from lfm.server.server_tools import ServerTools
@@ -28,20 +29,25 @@ class Chat:
     rules = CHAT_RULES
 
     async def prepare(self, request: ChatRequest, *, call: Call) -> Prepared:
+        server_tools = ServerTools(request.search_tools, memory=call.state.search.memory)
+        citations = server_tools.citations
+        messages = call.state.search.memory.restored(request.messages, tenant=call.owner)
+        if not request.documents:
+            messages = cite_past(messages, citations)
         turn = await plan_turn(
-            request.messages,
+            messages,
             request.output_fields,
             state=call.state,
             tenant=call.owner,
             num_bytes=call.num_bytes,
             param="messages",
         )
-        server_tools = ServerTools(request.search_tools)
-        citations = server_tools.citations
-        if request.documents:
-            messages = await ground(request, citations, num_prompt_tokens=len(turn.prompt_ids), state=call.state)
+        if request.documents:  # their passages are the first to be numbered
+            num_tokens = len(turn.prompt_ids)
+            messages = await ground(request, messages, citations, num_prompt_tokens=num_tokens, state=call.state)
+            messages = cite_past(messages, citations)
             turn = await with_messages(turn, messages, state=call.state, num_bytes=call.num_bytes, param="messages")
-        has_sources = bool(request.documents or request.search_tools)
+        has_sources = bool(request.documents or server_tools.may_cite)
         annotate = citations.in_chat if has_sources and turn.rules.answer is None else None  # JSON has brackets, too
         echoed = shown_prompt(turn.prompt_ids, call.state.tokenizer) if request.echo else None
         shape = partial(ChatShape, echoed=echoed, annotate=annotate)

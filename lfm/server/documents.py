@@ -12,7 +12,7 @@ from lfm.chat.messages import Message
 from lfm.chat.tokenizer import Tokenizer
 from lfm.errors import RequestError
 from lfm.search.packing import CONTEXT_TOKENS, Passage, SourceDocument, pack
-from lfm.search.sources import CITE_INSTRUCTION, render
+from lfm.search.sources import CITE_INSTRUCTION, grounded
 from lfm.server.schemas import ChatRequest
 from lfm.server.search_annotations import Citations, Cited
 from lfm.server.state import AppState
@@ -23,14 +23,14 @@ _MIN_TOKENS = 64  # less than the smallest passage with its fence
 
 
 async def ground(
-    request: ChatRequest, citations: Citations, *, num_prompt_tokens: int, state: AppState
+    request: ChatRequest, messages: Sequence[Message], citations: Citations, *, num_prompt_tokens: int, state: AppState
 ) -> list[Message]:
-    """The messages with the passages that fit and matter to the newest question; what can be cited goes to `citations`.
+    """`messages` with the passages that fit and matter to the newest question; what can be cited goes to `citations`.
 
     `num_prompt_tokens` is the length of the conversation without documents. Raises RequestError if the documents hold
     text and none of it fits.
     """
-    messages, documents = request.messages, request.documents
+    documents = request.documents
     budget_tokens = document_budget(
         request.max_document_tokens,
         num_prompt_tokens=num_prompt_tokens,
@@ -50,7 +50,7 @@ async def ground(
         return list(messages)
     for passage in passages:
         citations.add(_cited(passage, documents))
-    text = f"{CITE_INSTRUCTION}\n\n{render([passage.source for passage in passages])}"
+    text = grounded([passage.source for passage in passages])
     first = messages[0] if messages and messages[0].role in ("system", "developer") else None
     if first is None:
         return [Message(role="system", content=text), *messages]

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 from starlette.types import Receive, Scope, Send
 
 from lfm.chat.call_parser_stream import CallDelta
+from lfm.chat.messages import Message
 from lfm.chat.output import Delta
 from lfm.protocol import ErrorInfo
 from lfm.server.admission import check_model
@@ -18,8 +19,10 @@ from lfm.server.endpoint import Call, Prepared
 from lfm.server.errors import anthropic_error_body
 from lfm.server.generation import Choice
 from lfm.server.messages_input import MessagesRequest, TokenCountRequest
+from lfm.server.past_searches import cite_past
 from lfm.server.refusals import MESSAGES_RULES
 from lfm.server.schemas import parse_request
+from lfm.server.search_annotations import Citations
 from lfm.server.search_items import in_order, tool_result_block, tool_use_block
 from lfm.server.server_tools import ServerTools
 from lfm.server.server_tools_loop import SearchStep
@@ -39,12 +42,13 @@ class Messages:
     rules = MESSAGES_RULES
 
     async def prepare(self, request: MessagesRequest, *, call: Call) -> Prepared:
-        rules = await read_rules(request.conversation, request.output_fields, state=call.state)
-        await check_grammar(rules, state=call.state, tenant=call.owner)
-        prompt_ids = await _prompt_ids(request, rules, state=call.state, num_bytes=call.num_bytes)
-        turn = Turn(messages=request.conversation, rules=rules, prompt_ids=prompt_ids)
         server_tools = ServerTools(request.search_tools)
-        cites = server_tools.citations.in_message if server_tools.tools and turn.rules.answer is None else None
+        messages = cite_past(request.conversation, server_tools.citations)
+        rules = await read_rules(messages, request.output_fields, state=call.state)
+        await check_grammar(rules, state=call.state, tenant=call.owner)
+        prompt_ids = await _prompt_ids(request, messages, rules, state=call.state, num_bytes=call.num_bytes)
+        turn = Turn(messages=messages, rules=rules, prompt_ids=prompt_ids)
+        cites = server_tools.citations.in_message if server_tools.may_cite and turn.rules.answer is None else None
         shape = partial(MessageShape, max_tokens=request.max_tokens, cites=cites)
         return Prepared.of_turn(turn, shape, server_tools=server_tools)
 
@@ -62,14 +66,17 @@ class TokenCount:
         check_model(request.model, self._state.model_name)
         MESSAGES_RULES.refuse(body.value)
         request.check_combinations()
-        rules = await read_rules(request.conversation, request.output_fields, state=self._state)
-        prompt_ids = await _prompt_ids(request, rules, state=self._state, num_bytes=body.num_bytes)
+        messages = cite_past(request.conversation, Citations())
+        rules = await read_rules(messages, request.output_fields, state=self._state)
+        prompt_ids = await _prompt_ids(request, messages, rules, state=self._state, num_bytes=body.num_bytes)
         await send_json(send, {"input_tokens": len(prompt_ids)})
 
 
-async def _prompt_ids(request: TokenCountRequest, rules: OutputRules, *, state: AppState, num_bytes: int) -> list[int]:
+async def _prompt_ids(
+    request: TokenCountRequest, messages: Sequence[Message], rules: OutputRules, *, state: AppState, num_bytes: int
+) -> list[int]:
     prompt_ids = await chat_prompt(
-        request.conversation,
+        messages,
         rules,
         state=state,
         num_bytes=num_bytes,

@@ -191,7 +191,7 @@ def _assistant_turns(blocks: Sequence[tuple[Block, str]], turns: ToolTurns) -> l
             messages.append(_assistant_turn(own, turns))
             own = []
         turns.add_result(call_id, f"{where}.tool_use_id")
-        messages.append(Message(role="tool", content=past_results(block.get("content")), tool_call_id=call_id))
+        messages.append(past_results(block.get("content"), call_id=call_id))
     return [*messages, _assistant_turn(own, turns)] if own or not messages else messages
 
 

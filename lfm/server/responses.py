@@ -13,6 +13,7 @@ from lfm.server.answer import Json
 from lfm.server.asgi import send_bytes, send_json
 from lfm.server.constraints import plan_turn
 from lfm.server.endpoint import Call, Prepared
+from lfm.server.past_searches import cite_past
 from lfm.server.refusals import NO_REASONING, RESPONSES_RULES
 from lfm.server.responses_input import Item, ResponsesRequest, to_messages
 from lfm.server.responses_shape import ResponseShape
@@ -36,7 +37,8 @@ class Responses:
     async def prepare(self, request: ResponsesRequest, *, call: Call) -> Prepared:
         past = await _past_items(request, call=call)
         items = [*past, *request.input.items]
-        messages = to_messages(items)
+        server_tools = ServerTools(request.search_tools)
+        messages = cite_past(to_messages(items), server_tools.citations)
         if request.instructions is not None:  # those of earlier responses are not carried over
             messages.insert(0, Message(role="system", content=request.instructions))
         num_bytes = call.num_bytes + sum(len(message.text) for message in messages)
@@ -56,13 +58,14 @@ class Responses:
 
         has_reasoning = request.input.num_reasoning > 0
         warnings = [f"input[] of type reasoning has no effect: {NO_REASONING}."] if has_reasoning else []
-        server_tools = ServerTools(request.search_tools)
         shape = partial(
             ResponseShape,
             request=request,
             store=store,
             call_start_id=call.state.tokenizer.special.tool_call_start,
-            annotate=server_tools.citations.in_response if server_tools.tools and turn.rules.answer is None else None,
+            annotate=server_tools.citations.in_response
+            if server_tools.may_cite and turn.rules.answer is None
+            else None,
         )
         return Prepared.of_turn(turn, shape, warnings, server_tools)
 

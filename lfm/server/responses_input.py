@@ -128,7 +128,7 @@ def _add_search(messages: list[Message], item: Item, last: Message | None) -> No
     else:
         query = str(queries[0]) if isinstance(queries, list) and queries else ""
     call = ToolCall(name=str(item.value["type"]).removesuffix("_call"), arguments={"query": query})
-    found = Message(role="tool", content=past_sources(item.value["results"]))
+    found = past_sources(item.value["results"], is_file=call.name == "file_search")
     if last is not None and not last.tool_calls:
         messages[-1:] = [replace(last, tool_calls=(call,)), found]
     else:

@@ -47,11 +47,14 @@ class Citations:
 
     @property
     def next_number(self) -> int:
-        return len(self._cited) + 1
+        return max(self._cited, default=0) + 1
+
+    def has(self, number: int) -> bool:
+        return number in self._cited
 
     def add(self, cited: Cited) -> None:
-        """`cited.source.number` must be `next_number`."""
-        assert cited.source.number == self.next_number, "sources are numbered on"
+        """No other source may have `cited.source.number`."""
+        assert not self.has(cited.source.number), "every source has a number of its own"
         self._cited[cited.source.number] = cited
 
     def in_chat(self, text: str) -> list[Json]:

@@ -98,7 +98,7 @@ class SearchItem:
     def _results(self) -> list[Json]:
         sources = () if self._run is None else self._run.sources
         return [
-            {"number": source.number, "title": source.title, "url": source.url, "text": source.text}
+            {"number": source.number, "title": source.title, "url": source.url, "text": source.text, **_place(source)}
             for source in sources
         ]
 
@@ -110,6 +110,7 @@ class SearchItem:
                 "filename": file_name(source),
                 "text": source.text,
                 "number": source.number,
+                **_place(source),
                 "score": None,
                 "attributes": {},
             }
@@ -155,4 +156,10 @@ def tool_result_block(step: SearchStep) -> Json:
 
 
 def _packed(source: Source) -> str:
-    return base64.b64encode(orjson.dumps({"number": source.number, "text": source.text})).decode()
+    kept = {"number": source.number, "text": source.text, "location": source.location}
+    return base64.b64encode(orjson.dumps(kept)).decode()
+
+
+def _place(source: Source) -> Json:
+    """What else the model reads of a source, where there is any."""
+    return {name: value for name, value in (("location", source.location), ("date", source.date)) if value}

@@ -14,7 +14,7 @@ from lfm.errors import RequestError
 from lfm.search.errors import FetchError, ProviderError
 from lfm.search.packing import CONTEXT_TOKENS, SourceDocument, pack
 from lfm.search.results import SearchQuery, SearchResult
-from lfm.search.sources import CITE_INSTRUCTION, Source, render
+from lfm.search.sources import CITE_INSTRUCTION, Source, grounded
 from lfm.server.search_service import SearchService
 from lfm.server.server_tools import ContextSize, SearchTool
 
@@ -55,7 +55,7 @@ class SearchRun:
     @property
     def text(self) -> str:
         """What the model is told."""
-        return f"{CITE_INSTRUCTION}\n\n{render(self.sources)}" if self.sources else self.message
+        return grounded(self.sources) if self.sources else self.message
 
     def numbered_from(self, number: int) -> "SearchRun":
         return replace(

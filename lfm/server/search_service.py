@@ -16,6 +16,7 @@ from lfm.search.fetch import FetchLimits, Page, PageFetcher
 from lfm.search.local_index import STORE_FILE, Hit, LocalIndex
 from lfm.search.results import SearchQuery
 from lfm.search.setup import open_chain
+from lfm.server.search_memory import SearchMemory
 
 
 class SearchService:
@@ -29,6 +30,7 @@ class SearchService:
         self._extractor: Extractor | None = None
         self._fetcher: PageFetcher | None = None
         self.outcomes: Outcomes = Counter()
+        self.memory = SearchMemory()
 
     async def search(self, query: SearchQuery, *, tenant: str, is_local: bool = False) -> SearchAnswer:
         """What the configured providers find, or with `is_local` what stands in the operator's own documents.

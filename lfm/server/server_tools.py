@@ -13,6 +13,7 @@ from lfm.chat.json_fields import json_type, typed
 from lfm.errors import RequestError
 from lfm.search.results import SearchQuery, bare_domain
 from lfm.server.search_annotations import Citations
+from lfm.server.search_memory import SearchMemory
 
 Json = dict[str, object]
 ContextSize = Literal["low", "medium", "high"]
@@ -68,6 +69,12 @@ class ServerTools:
 
     tools: Mapping[str, SearchTool]
     citations: Citations = field(default_factory=Citations)
+    memory: SearchMemory | None = None  # of what its callers are not shown
+
+    @property
+    def may_cite(self) -> bool:
+        """Whether there are sources, or may be some."""
+        return bool(self.tools) or self.citations.next_number > 1
 
 
 def web_search_options(value: object, *, param: str = "web_search_options") -> SearchTool:

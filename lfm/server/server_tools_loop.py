@@ -18,7 +18,9 @@ from lfm.chat.output import Delta, ToolStep
 from lfm.server.admission import num_context_tokens
 from lfm.server.constraints import Turn, plan_next_turn, with_tools
 from lfm.server.generation import Choice, Generation
+from lfm.server.past_searches import FoundMessage
 from lfm.server.search_annotations import Cited
+from lfm.server.search_memory import Unseen
 from lfm.server.search_run import NO_MORE, SearchRun, run_search
 from lfm.server.server_tools import SearchTool, ServerTools
 from lfm.server.state import AppState, RequestRecord
@@ -81,15 +83,18 @@ class ToolLoop:
         self._turn = turn
         self._tools = server_tools.tools
         self._citations = server_tools.citations
+        self._memory = server_tools.memory
+        self._num_given = len(turn.messages)
         self._generate = generate
         self._state, self._record = state, record
         self._tenant, self._param = tenant, param
         self._token_limit = first.choices[0].request.sampling.max_tokens
         self._past = [0, 0, 0]  # prompt, cached and output tokens of the turns before
         self._num_chars = 0  # of the answer's text so far
+        self._answer_text: list[str] = []
         self._turn_text: list[str] = []
         self._calls: dict[int, _Call] = {}  # of our tools in this turn, by their index among all calls
-        self._own_indexes: dict[int, int] = {}  # of the caller's calls: their places among those
+        self._their_calls: dict[int, CallDelta] = {}  # the first piece of each of the caller's, in the same way
         self._num_uses: dict[str, int] = dict.fromkeys(self._tools, 0)
         self._work: asyncio.Task[list[tuple[Choice, Delta]]] | None = None
         self._is_over = False
@@ -150,14 +155,17 @@ class ToolLoop:
         """What the caller gets of a delta. At the end of a turn that called our tools, have them run."""
         theirs = [piece for piece in map(self._sort, delta.calls) if piece is not None]
         self._num_chars += len(delta.text)
+        self._answer_text.append(delta.text)
         self._turn_text.append(delta.text)
         if delta.finish_reason is None:
             return replace(delta, calls=tuple(theirs))
         if delta.finish_reason != "tool_calls" or not self._calls:
             self._is_over = True
+            if delta.finish_reason == "tool_calls":
+                self._keep_unseen(())
             return replace(delta, calls=tuple(theirs))
         begun = tuple(self._step(call) for call in self._calls.values())
-        is_last = bool(self._own_indexes)  # the caller has to run its own
+        is_last = bool(self._their_calls)  # the caller has to run its own
         self._work = asyncio.create_task(self._run_calls(choice, delta if is_last else None))
         return replace(delta, calls=tuple(theirs), finish_reason=None, steps=begun)
 
@@ -167,12 +175,12 @@ class ToolLoop:
             call = self._calls[piece.index]
             call.delta = replace(call.delta, arguments=call.delta.arguments + piece.arguments)
             return None
-        if piece.index not in self._own_indexes:
+        if piece.index not in self._their_calls:
             if piece.name is not None and piece.name in self._tools:
                 self._calls[piece.index] = _Call(piece, self._tools[piece.name])
                 return None
-            self._own_indexes[piece.index] = len(self._own_indexes)
-        return replace(piece, index=self._own_indexes[piece.index])
+            self._their_calls[piece.index] = piece
+        return replace(piece, index=list(self._their_calls).index(piece.index))
 
     def _step(self, call: _Call, run: SearchRun | None = None) -> SearchStep:
         return SearchStep(
@@ -181,7 +189,7 @@ class ToolLoop:
             tool=call.tool,
             query=call.query,
             run=run,
-            is_after_calls=bool(self._own_indexes),
+            is_after_calls=bool(self._their_calls),
         )
 
     async def _run_calls(self, choice: Choice, last: Delta | None) -> list[tuple[Choice, Delta]]:
@@ -191,11 +199,31 @@ class ToolLoop:
         steps = tuple(self._step(call, run) for call, run in zip(calls, runs, strict=True))
         if last is not None:
             self._is_over = True
+            self._keep_unseen(_past_results(calls, runs))
             return [(choice, Delta(finish_reason=last.finish_reason, steps=steps))]
         if not await self._begin_turn(calls, runs):
             self._is_over = True
             return [(choice, Delta(finish_reason="length", steps=steps))]
         return [(choice, Delta(steps=steps))]
+
+    def _keep_unseen(self, results: Sequence[Message]) -> None:
+        """Keep what this answer searched, whose caller is shown its own calls only and will send no more back."""
+        turns = self._turn.messages[self._num_given :]
+        if self._memory is None or not self._their_calls or not (turns or results):
+            return
+        calls = {index: _past_call(call) for index, call in self._calls.items()}
+        calls |= {
+            at: ToolCall(name=call.name or "", arguments={}, id=call.id) for at, call in self._their_calls.items()
+        }
+        unseen = Unseen(
+            turns=tuple(turns),
+            text="".join(self._turn_text),
+            calls=tuple(calls[index] for index in sorted(calls)),
+            results=tuple(results),
+            shown_text="".join(self._answer_text),
+            shown_ids=tuple(call.id for call in self._their_calls.values()),
+        )
+        self._memory.keep(unseen, tenant=self._tenant)
 
     async def _search_all(self, calls: Sequence[_Call]) -> list[SearchRun]:
         """Run calls at once. Their sources are numbered in the order of the calls, whichever is done first."""
@@ -254,10 +282,7 @@ class ToolLoop:
         text = "".join(self._turn_text)
         more = [
             Message(role="assistant", content=text, tool_calls=tuple(map(_past_call, calls))),
-            *(
-                Message(role="tool", content=run.text, tool_call_id=call.delta.id)
-                for call, run in zip(calls, runs, strict=True)
-            ),
+            *_past_results(calls, runs),
         ]
         self._turn = await plan_next_turn(self._turn, more, state=self._state, tenant=self._tenant, param=self._param)
         used_up = {name for name, tool in self._tools.items() if not self._may_use(tool)}
@@ -268,13 +293,27 @@ class ToolLoop:
         await self._generation.aclose()
         self._past = [self.num_prompt_tokens, self.num_cached_tokens, self.num_output_tokens]
         self._generation = self._generate(self._turn, left)
-        self._calls, self._own_indexes, self._turn_text = {}, {}, []
+        self._calls, self._their_calls, self._turn_text = {}, {}, []
         await self._generation.open()
         return True
 
 
 async def _not_allowed() -> SearchRun:
     return SearchRun(message=NO_MORE, error="max_uses_exceeded")
+
+
+def _past_results(calls: Sequence[_Call], runs: Sequence[SearchRun]) -> list[Message]:
+    """What the model is told of its calls."""
+    return [
+        FoundMessage(
+            role="tool",
+            content=run.text,
+            tool_call_id=call.delta.id,
+            sources=run.sources,
+            is_file=call.tool.name == "file_search",
+        )
+        for call, run in zip(calls, runs, strict=True)
+    ]
 
 
 def _past_call(call: _Call) -> ToolCall:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lfm.chat.messages import parse_messages
 from lfm.protocol import EngineRequest
 from lfm.search.config import SearchConfig
 from lfm.search.extraction import Extractor
@@ -244,6 +245,58 @@ def test_after_a_search_the_caller_may_be_called(service: SearchService) -> None
     choice = chat(client, tools=[NOW])["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
     assert len(client.backend.requests) == 2
+
+
+def sent_back(message: dict[str, Any], **fields: Any) -> list[dict[str, Any]]:
+    """A conversation with an answer that called `now`, as a client of chat completions sends it back."""
+    results = [{"role": "tool", "tool_call_id": made["id"], "content": "12:00"} for made in message["tool_calls"]]
+    return [{"role": "user", "content": "Hi"}, {**message, **fields}, *results]
+
+
+@pytest.mark.parametrize(
+    ("texts", "order"),
+    [
+        ((call(search()), f"Hm. {call('now()')}"), [PUMP, "12:00"]),
+        ((f"Hm. {call(search(), 'now()')}",), [PUMP, "12:00"]),
+        ((f"Hm. {call('now()', search())}",), ["12:00", PUMP]),
+    ],
+    ids=["before", "beside", "behind"],
+)
+def test_a_chat_that_goes_on_after_the_callers_calls_still_knows_what_was_found(
+    service: SearchService, texts: tuple[str, ...], order: list[str]
+) -> None:
+    """Its client was not shown the search. The prompt goes on where it was, and what was found can be cited."""
+    client = client_of(service, *texts, ANSWER)
+    fields: dict[str, Any] = {"tools": [NOW], "messages": [{"role": "user", "content": "Hi"}]}
+    first = chat(client, **fields)["choices"][0]["message"]
+    before = backend_of(client).prompt()
+    answer = chat(client, **{**fields, "messages": sent_back(first)})["choices"][0]["message"]
+    prompt = backend_of(client).prompt()
+    assert prompt.startswith(before + texts[-1])
+    assert prompt.count(PUMP) == 1
+    assert [prompt.index(text) for text in order] == sorted(prompt.index(text) for text in order)
+    (annotation,) = answer["annotations"]
+    assert annotation["url_citation"]["url"] == "file:///docs/pump.md"
+
+
+CHANGED_CALL = {"id": "x", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize("change", [{"content": "Other."}, {"tool_calls": [CHANGED_CALL]}], ids=["text", "call"])
+def test_an_answer_that_the_caller_changed_is_the_callers(service: SearchService, change: dict[str, Any]) -> None:
+    client = client_of(service, call(search()), call("now()"), ANSWER)
+    first = chat(client, tools=[NOW])["choices"][0]["message"]
+    chat(client, tools=[NOW], messages=sent_back(first | change))
+    assert PUMP not in backend_of(client).prompt()
+
+
+def test_what_was_found_for_one_key_is_not_shown_to_another(service: SearchService) -> None:
+    client = client_of(service, call(search()), call("now()"), ANSWER)
+    first = chat(client, tools=[NOW])["choices"][0]["message"]
+    messages = parse_messages(sent_back(first))
+    memory = state_of(client.app).search.memory
+    assert any(PUMP in message.text for message in memory.restored(messages, tenant=""))
+    assert memory.restored(messages, tenant="another") == messages
 
 
 def test_numbers_in_an_answer_of_json_are_no_citations(service: SearchService) -> None:
@@ -817,8 +870,38 @@ def test_results_that_a_client_sends_back_are_read_again(service: SearchService)
     message(client, messages=turns)
     prompt = backend_of(client).prompt()
     assert '[web_search(query="pump")]' in prompt
-    assert f"===== Source [1]: /docs/pump.md =====\nfile:///docs/pump.md\n# Pumps\n\n{PUMP}" in prompt
+    assert f"===== Source [1]: /docs/pump.md (Pumps) =====\nfile:///docs/pump.md\n# Pumps\n\n{PUMP}" in prompt
     assert prompt.index(PUMP) < prompt.index(ANSWER) < prompt.index("Really?")
+
+
+def test_a_conversation_goes_on_with_its_numbers_and_its_prompt(service: SearchService) -> None:
+    """What an earlier answer found can be cited again, and a new search takes no number of it."""
+    client = client_of(service, call(search()), ANSWER, call(search("valve")), "It freezes [2]. Pumps move it [1].")
+    first = message(client).json()
+    before = backend_of(client).prompt()
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": first["content"]},
+        {"role": "user", "content": "Really?"},
+    ]
+    second = message(client, messages=turns).json()
+    assert backend_of(client).prompt(2).startswith(before + ANSWER), "the engine has this in its cache"
+    prompt = backend_of(client).prompt()
+    assert prompt.index("Source [1]: /docs/pump.md") < prompt.index("Source [2]: /docs/valve.md")
+    cited = [citation["url"] for citation in second["content"][-1]["citations"]]
+    assert cited == ["file:///docs/valve.md", "file:///docs/pump.md"]
+
+
+def test_two_searches_that_a_client_put_together_get_numbers_of_their_own(service: SearchService) -> None:
+    found = [message(client_of(service, call(search(query)), ANSWER)).json()["content"] for query in ("pump", "valve")]
+    turns = []
+    for content in found:
+        turns += [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    client = client_of(service, "Yes [2].")
+    answer = message(client, messages=[*turns, {"role": "user", "content": "Really?"}]).json()
+    prompt = backend_of(client).prompt()
+    assert prompt.count("Source [1]: ") == prompt.count("Source [2]: /docs/valve.md") == 1
+    assert answer["content"][0]["citations"][0]["url"] == "file:///docs/valve.md"
 
 
 def test_results_of_another_service_are_read_as_far_as_they_can_be(service: SearchService) -> None:

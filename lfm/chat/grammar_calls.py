@@ -46,7 +46,7 @@ def _call(grammar: GrammarWriter, tool: ToolGrammar, *, is_json: bool) -> Expr:
             return grammar.rule(seq(head, alt(arguments), lit("}")))
         return grammar.rule(seq(head, alt([_arguments(writer, node) for node in argument_objects(tool.parameters)])))
     except SchemaError as error:
-        raise SchemaError(f"of {tool.name} {error}") from None
+        writer.fail(str(error))
 
 
 def argument_objects(schema: Schema) -> list[Object]:
@@ -77,11 +77,11 @@ def _arguments(writer: ValueWriter, node: Object) -> Expr:
     odd = tuple(one for one in members if not is_keyword(one.name))
     if odd:
         if node.min_properties or node.max_properties is not None:
-            raise SchemaError("counts properties whose names are no words")
+            writer.fail("counts properties whose names are no words")
         inner = writer.object(Object(odd, additional=NOTHING))
         pieces.append((seq(lit("**"), inner), any(one.is_required for one in odd)))
     pieces.sort(key=lambda piece: not piece[1])
-    return _in_any_order(writer.grammar, pieces, _other_arguments(writer, node), node)
+    return _in_any_order(writer, pieces, _other_arguments(writer, node), node)
 
 
 def _other_arguments(writer: ValueWriter, node: Object) -> Expr:
@@ -93,12 +93,13 @@ def _other_arguments(writer: ValueWriter, node: Object) -> Expr:
     return writer.grammar.rule(alt(options)) if options else ()
 
 
-def _in_any_order(grammar: GrammarWriter, pieces: list[tuple[Expr, bool]], others: Expr, node: Object) -> Expr:
+def _in_any_order(writer: ValueWriter, pieces: list[tuple[Expr, bool]], others: Expr, node: Object) -> Expr:
     """The pieces, required ones first in the list, between the parentheses of a call."""
+    grammar = writer.grammar
     end = lit(")")
     low, high = node.min_properties, node.max_properties
     if low > max(len(pieces), 1 if others else 0):
-        raise SchemaError("asks for a minimum of properties whose names a grammar cannot keep apart")
+        writer.fail("asks for a minimum of properties whose names a grammar cannot keep apart")
     if not pieces:
         return seq(separated(others, low, high), end)
     if high is not None:

@@ -5,11 +5,13 @@ is forced, and costs no step of the model. In Python form either quote will do, 
 """
 
 from typing import Literal as OneOf
+from typing import NoReturn
 
-from lfm.chat.grammar_lark import SEPARATOR, Expr, GrammarWriter, alt, lit, maybe, repeat, separated, seq
+from lfm.chat.grammar_lark import MAX_COUNTED, SEPARATOR, Expr, GrammarWriter, alt, lit, maybe, repeat, separated, seq
 from lfm.chat.grammar_names import name_source, other_names
 from lfm.chat.grammar_numbers import number_source
 from lfm.chat.grammar_strings import quoted_text, string_source
+from lfm.chat.schema_fields import fail
 from lfm.chat.schema_nodes import (
     ALL_KINDS,
     NOTHING,
@@ -22,7 +24,6 @@ from lfm.chat.schema_nodes import (
     Object,
     Ref,
     Schema,
-    SchemaError,
     Text,
     Union,
 )
@@ -41,6 +42,11 @@ class ValueWriter:
         self.style: Style = style
         self._definitions = schema.definitions
         self._key = key
+        self._path = schema.path
+
+    def fail(self, problem: str) -> NoReturn:
+        """Refuse the schema. Raises RequestError with its path."""
+        fail(self._path, problem)
 
     def resolve(self, node: Node) -> Node:
         """The node that references lead to."""
@@ -49,7 +55,7 @@ class ValueWriter:
         return node
 
     def value(self, node: Node) -> Expr:
-        """The expression of a value. Raises SchemaError for counts that no grammar can keep."""
+        """The expression of a value. Raises RequestError for counts that no grammar can keep."""
         if isinstance(node, Ref):
             target = node
             return self.grammar.shared(f"{self._key} {node.name}", lambda: self.value(self._definitions[target.name]))
@@ -119,7 +125,7 @@ class ValueWriter:
             others = ()
         if not members:
             if node.min_properties > (1 if others else 0):
-                raise SchemaError("asks for a minimum of properties whose names a grammar cannot keep apart")
+                self.fail("asks for a minimum of properties whose names a grammar cannot keep apart")
             return self.grammar.rule(seq(lit("{"), separated(others, node.min_properties, most), lit("}")))
         if node.min_properties > num_required or (most is not None and most < 0):
             return self._counted_object(node, members, others)
@@ -142,8 +148,10 @@ class ValueWriter:
 
     def _counted_object(self, node: Object, members: list[tuple[Expr, bool]], others: Expr) -> Expr:
         """Members in any order, so that they can be counted."""
+        if len(members) > MAX_COUNTED:
+            self.fail(f"counts more than {MAX_COUNTED} members")
         if others:
-            raise SchemaError("asks for a minimum of properties and allows others, whose names cannot be kept apart")
+            self.fail("asks for a minimum of properties and allows others, whose names cannot be kept apart")
         members = sorted(members, key=lambda member: not member[1])
         most = len(members) if node.max_properties is None else min(node.max_properties, len(members))
         num_required = sum(is_required for _, is_required in members)

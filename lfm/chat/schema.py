@@ -78,7 +78,7 @@ def read_schema(raw: object, *, param: str, max_tokens: int, texts: Texts | None
         for name, node in definitions.items()
         if name not in dead
     }
-    return Schema(root=root, definitions=living, notes=tuple(reader.notes))
+    return Schema(path=param, root=root, definitions=living, notes=tuple(reader.notes))
 
 
 def _shortest_sizes(definitions: Mapping[str, Node], reader: SchemaReader) -> dict[str, float]:

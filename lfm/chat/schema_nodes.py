@@ -117,9 +117,11 @@ ALL_KINDS: tuple[Node, ...] = (Null(), Boolean(), Number(), PLAIN_TEXT, FREE_ARR
 class Schema:
     """A schema that has instances, all of which a grammar can write.
 
-    `notes` name what the schema says but no grammar enforces because the specification calls it an annotation.
+    `path` is where it stands in the request. `notes` name what it says but no grammar enforces, because the
+    specification calls it an annotation.
     """
 
+    path: str
     root: Node
     definitions: Mapping[str, Node]
     notes: tuple[str, ...] = ()

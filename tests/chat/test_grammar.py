@@ -209,6 +209,23 @@ def test_any_character_may_stand_in_names_and_choices(char: str, form: CallForm)
         assert json.loads(arguments)[char] in (char, f"{char}-", 1)
 
 
+@pytest.mark.parametrize("form", ["pythonic", "json"])
+def test_a_count_that_no_grammar_keeps_is_refused_with_the_path_of_its_schema(form: CallForm) -> None:
+    counted = {"type": "object", "minProperties": 3}
+    many = {"type": "object", "properties": {f"k{i}": FLAG for i in range(70)}, "minProperties": 2}
+    for raw in (counted, many, {"type": "object", "properties": {"a": counted}}):
+        schema = read_schema(raw, param="tools[3].parameters", max_tokens=CONTEXT)
+        with pytest.raises(RequestError) as caught:
+            calls_grammar([*TOOLS, ToolGrammar("f", schema)], special=SPECIAL, form=form)
+        assert caught.value.param == "tools[3].parameters"
+        with pytest.raises(RequestError) as caught:
+            answer_grammar(AnswerFormat(schema=schema))
+        assert caught.value.param == "tools[3].parameters"
+        with pytest.raises(RequestError) as caught:
+            calls_grammar(TOOLS, special=SPECIAL, form=form, answer=AnswerFormat(schema=schema))
+        assert caught.value.param == "tools[3].parameters"
+
+
 def test_a_model_without_call_tokens_cannot_have_tools() -> None:
     with pytest.raises(RequestError) as caught:
         calls_grammar(TOOLS, special=SpecialTokens(bos=1, im_start=6, im_end=7))

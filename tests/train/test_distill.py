@@ -81,10 +81,16 @@ def test_a_teacher_says_what_its_own_logits_say(taught: tuple[Path, dict[str, An
     torch.testing.assert_close(said.lse_T, logits.logsumexp(-1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", "float32"), pytest.param("cuda", "bfloat16", marks=pytest.mark.gpu)]
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # by the compiler, which asks for it
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_student_comes_nearer_to_its_teacher_and_resumes_bit_for_bit(
-    tmp_path: Path, taught: tuple[Path, dict[str, Any], Path]
+    tmp_path: Path, taught: tuple[Path, dict[str, Any], Path], device: str, dtype: str
 ) -> None:
     _, raw, checkpoint = taught
+    raw = raw | {"run": raw["run"] | {"device": device, "dtype": dtype}}
     settings = {"teacher": str(checkpoint), "top_k": 8, "temperature": 1.5, "weight": 0.7}
     whole = run(student_of(raw, tmp_path / "whole", **settings))
     metrics = read_metrics(tmp_path / "whole" / "metrics.jsonl")

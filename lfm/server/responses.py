@@ -46,13 +46,13 @@ class Responses:
             messages, request.output_fields, state=call.state, tenant=call.owner, num_bytes=num_bytes, param="input"
         )
 
-        async def store(response: Json) -> None:
+        async def store(response: Json, found: Json) -> None:
             await call.state.responses.put(
                 StoredResponse(
                     response_id=str(response["id"]),
                     owner=call.owner,
                     response=orjson.dumps(response),
-                    conversation=orjson.dumps([item.value for item in items]),
+                    conversation=orjson.dumps({"input": [item.value for item in items], "found": found}),
                 )
             )
 
@@ -83,10 +83,12 @@ async def _past_items(request: ResponsesRequest, *, call: Call) -> list[Item]:
             param="previous_response_id",
             code="previous_response_not_found",
         )
-    items: list[Json] = orjson.loads(stored.conversation) + orjson.loads(stored.response)["output"]
+    conversation = orjson.loads(stored.conversation)
+    found: dict[str, Json] = conversation["found"]  # by its searches, shown or not
+    output = [item | found.get(item["id"], {}) for item in orjson.loads(stored.response)["output"]]
     # A call that max_tokens cut is no call that a result could answer.
-    whole = [item for item in items if item["type"] != "function_call" or item["status"] == "completed"]
-    return [Item(item, "previous_response_id") for item in whole]
+    whole = [item for item in output if item["type"] != "function_call" or item["status"] == "completed"]
+    return [Item(item, "previous_response_id") for item in [*conversation["input"], *whole]]
 
 
 class StoredResponses:
@@ -123,7 +125,7 @@ class InputItemList:
         if order not in ("asc", "desc"):
             raise RequestError(f"order={shown(order)} is not known. Allowed: asc, desc.", param="order")
         stored = await _stored(scope["path_params"]["response_id"], scope, self._state)
-        items: list[Json] = orjson.loads(stored.conversation)
+        items: list[Json] = orjson.loads(stored.conversation)["input"]
         if order == "desc":
             items.reverse()
         start = _position_after(items, after)

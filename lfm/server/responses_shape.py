@@ -36,7 +36,7 @@ class ResponseShape:
         head: AnswerHead,
         *,
         request: ResponsesRequest,
-        store: Callable[[Json], Awaitable[None]],
+        store: Callable[[Json, Json], Awaitable[None]],
         call_start_id: int | None = None,
         annotate: Callable[[str], list[Json]] | None = None,
     ) -> None:
@@ -163,7 +163,7 @@ class ResponseShape:
             response["completed_at"] = int(time.time())
         if self._request.is_stored:
             try:
-                await self._store(response)
+                await self._store(response, dict(item.found() for item in self._items if isinstance(item, SearchItem)))
             except StoreError as error:
                 logger.warning("%s is not stored: %s", self._head.request_id, error)
                 response["store"] = False

@@ -87,6 +87,10 @@ class SearchItem:
             action["sources"] = self._sources()
         return item | {"action": action} | ({"results": self._results()} if self._shows_results else {})
 
+    def found(self) -> tuple[str, Json]:
+        """Its id, and what a later response needs to know of it, whether it is shown or not."""
+        return self._item_id, {"results": self._results() if self._is_web else self._files()}
+
     def _sources(self) -> list[Json]:
         """With the digest of what was read under each address: the trace of the search."""
         reads = () if self._run is None else self._run.reads
@@ -108,6 +112,7 @@ class SearchItem:
             {
                 "file_id": source.url,
                 "filename": file_name(source),
+                "title": source.title,
                 "text": source.text,
                 "number": source.number,
                 **_place(source),

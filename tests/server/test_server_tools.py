@@ -738,6 +738,25 @@ def test_searches_of_earlier_responses_may_be_sent_back(service: SearchService, 
     store.close()
 
 
+@pytest.mark.parametrize("tool", ["web_search", "file_search"])
+def test_a_stored_response_knows_what_it_found_although_it_does_not_show_it(
+    service: SearchService, tmp_path: Path, tool: str
+) -> None:
+    store = ResponsesStore(tmp_path / "responses.sqlite3")
+    client = client_of(service, call(search(tool=tool)), ANSWER, responses=store)
+    tools = [{"type": tool}]
+    ids = [respond(client, store=True, tools=tools)["id"]]
+    before = backend_of(client).prompt()
+    for question in ("And?", "Really?"):
+        following = respond(client, store=True, tools=tools, previous_response_id=ids[-1], input=question)
+        (citation,) = following["output"][-1]["content"][0]["annotations"]
+        assert "pump.md" in str(citation)
+        ids.append(following["id"])
+    assert backend_of(client).prompt().startswith(before + ANSWER)
+    assert PUMP not in client.get(f"{RESPONSES}/{ids[0]}").text
+    store.close()
+
+
 def test_searches_with_results_are_seen_again_in_front_of_calls_that_wait(service: SearchService) -> None:
     function = {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}
     tools = [function, WEB_SEARCH, {"type": "file_search"}]

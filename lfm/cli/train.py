@@ -107,7 +107,12 @@ def _train(path: Path, kind: Literal["pretrain", "sft"], *, dry_run: bool, minut
     """Run a recipe; return the last checkpoint if all steps are done. Exits with 130 if the run was interrupted."""
     from lfm.train.recipe import TrainRecipe, read_recipe
 
-    recipe = read_recipe(path, TrainRecipe)
+    try:
+        recipe = read_recipe(path, TrainRecipe)
+    except UsageError as error:
+        if _is_first_process():
+            raise
+        raise typer.Exit(error.exit_code) from error  # the first process has the same to say
     if minutes is not None and minutes <= 0:
         raise UsageError(f"--minutes {minutes:g} is out of range. Allowed: above 0.")
     if dry_run:

@@ -49,17 +49,21 @@ class World:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """What the body raises in one process ends all of them. The body must not wait for other processes."""
+        """What the body raises in one process ends all of them. The body must not wait for other processes.
+
+        The first process's error is told by it alone: the others mostly have the same.
+        """
         error: Exception | None = None
         try:
             yield
         except Exception as raised:  # noqa: BLE001 - whatever it is, it is raised again when the others know
             error = raised
-        has_failed = self.any(error is not None)
-        if error is not None:
+        if not self.any(error is not None):
+            return
+        has_first_failed = self.any(self.is_first and error is not None)
+        if error is not None and (self.is_first or not has_first_failed):
             raise error
-        if has_failed:
-            raise PeerError("Another process of this run failed; its message says why.")
+        raise PeerError("Another process of this run failed; its message says why.") from error
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""

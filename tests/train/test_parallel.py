@@ -141,11 +141,29 @@ def test_what_is_one_process_refuses_to_be_several(
     assert f"lfm train {command} is one process" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_that_all_processes_have_is_told_by_the_first(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world.World, "any", lambda self, flag: flag or self.size > 1)  # the other one: the same error
+    expected, message = (UsageError, "here") if rank == 0 else (world.PeerError, "Another process")
+    with pytest.raises(expected, match=message), world.World(rank=rank, size=2).agreed():
+        raise UsageError("here")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_recipe_that_is_wrong_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    assert run(["train", "pretrain", str(tmp_path / "none.toml")]) == 2
+    assert ("There is no recipe" in capsys.readouterr().err) == (rank == 0)
+
+
 @pytest.mark.slow
 def test_an_error_of_the_first_process_ends_all_of_them_with_its_message(tmp_path: Path) -> None:
     raw = small_recipe(tmp_path, "run", accumulation=1)
     path = Path(raw["data"]["files"][0])
-    path.write_text(path.read_text()[:-20])
+    path.write_text(path.read_text()[:-20])  # only the first process reads it
     done = run_processes(write_toml(tmp_path / "recipe.toml", raw))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr

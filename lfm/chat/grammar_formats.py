@@ -4,7 +4,7 @@ import re
 from functools import partial
 
 from lfm.chat.grammar import AnswerFormat
-from lfm.chat.json_fields import json_type, typed
+from lfm.chat.json_fields import check_strict, json_type, typed
 from lfm.chat.json_memory import JsonMemory
 from lfm.chat.schema import read_schema
 from lfm.chat.schema_regex import Regex, RegexError, parse_regex
@@ -73,6 +73,7 @@ def _from_json_schema(
         raise RequestError(
             f"{where}.name has {len(str(name))} characters. Allowed: at most {MAX_NAME_CHARS}.", param=f"{where}.name"
         )
+    check_strict(inner.get("strict"), where)
     if inner.get("schema") is None:
         raise RequestError(f"{where}.schema is missing. Send one, or use type json_object.", param=f"{where}.schema")
     return _from_schema(inner["schema"], max_tokens, f"{where}.schema")

@@ -10,7 +10,7 @@ from typing import Literal
 
 from lfm.chat.grammar import AnswerFormat, calls_grammar
 from lfm.chat.grammar_calls import ToolGrammar, argument_objects
-from lfm.chat.json_fields import json_type, optional_text, typed
+from lfm.chat.json_fields import check_strict, json_type, optional_text, typed
 from lfm.chat.json_memory import JsonMemory
 from lfm.chat.messages import Message
 from lfm.chat.schema import read_schema, schema_bytes
@@ -91,6 +91,7 @@ class ToolSet:
             )
         if name in self._tools:
             raise RequestError(f"{where}.name={name!r} is used twice. Give every tool its own.", param=f"{where}.name")
+        check_strict(raw.get("strict"), where)
         definition: dict[str, object] = {"name": name}
         if (description := optional_text(raw.get("description"), f"{where}.description")) is not None:
             definition["description"] = description

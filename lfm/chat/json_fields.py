@@ -33,6 +33,12 @@ def optional_text(value: object, where: str) -> str | None:
     return None if value is None else typed(value, str, where)
 
 
+def check_strict(value: object, where: str) -> None:
+    """`strict` changes nothing, since every schema is held to as a whole; its type is checked all the same."""
+    if value is not None:
+        typed(value, bool, f"{where}.strict")
+
+
 def json_bytes(value: object, where: str) -> bytes:
     """The value as compact JSON. Raises RequestError for what is none, or none that UTF-8 can hold."""
     try:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lfm.chat.grammar_formats import AnswerFormats
+from lfm.chat.grammar_formats import AnswerFormats, parse_answer_format
 from lfm.chat.grammar_tools import (
     ANTHROPIC_TOOLS,
     MAX_SPECS,
@@ -95,6 +95,19 @@ def test_duplicates_and_too_many_tools_are_refused() -> None:
         read(*[function(f"f{i}", wide) for i in range(18)])
     with pytest.raises(RequestError, match="65536"):
         read(function("f", {**wide, "title": "x" * 6_000}))
+
+
+def test_strict_is_a_boolean_though_it_changes_nothing() -> None:
+    for strict in (True, False, None):
+        read({"type": "function", "function": {"name": "f", "strict": strict}})
+    with pytest.raises(RequestError, match="Allowed: a boolean") as caught:
+        read({"type": "function", "function": {"name": "f", "strict": "yes"}})
+    assert caught.value.param == "tools[0].function.strict"
+    with pytest.raises(RequestError) as caught:
+        parse_answer_format(
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": {}, "strict": 1}}, max_tokens=100
+        )
+    assert caught.value.param == "response_format.json_schema.strict"
 
 
 def test_parameters_that_say_nothing_mean_no_arguments() -> None:

@@ -206,7 +206,7 @@ def _mean_experts_hit(llm: LLM, requests: list[EngineRequest]) -> float | None:
             counts.append(len(set(chosen_TA.flatten().tolist())))
         return x_TD, chosen_TA, weights_TA
 
-    with runner.observed(replace(ops, route=route)):
+    with runner.observed(replace(ops, route=route, moe=None)):
         _run_once(llm, requests)
     return statistics.fmean(counts) if counts else None
 

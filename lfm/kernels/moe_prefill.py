@@ -47,16 +47,22 @@ def count_pairs_kernel(
 @triton.jit(do_not_specialize=["num_pairs", "num_chunks"])
 def place_pairs_kernel(
     chosen_P, count_CE, order_P, place_P, tile_M3, num_tiles_1, num_pairs, num_chunks, E,
-    EP: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, DEPENDENT: tl.constexpr,
+    EP: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, IS_LATE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Program c: order [P] and its inverse for the pairs of chunk c, and the tiles of expert c, tiles by expert."""
+    """Program c: order [P] and its inverse for the pairs of chunk c, and the tiles of expert c, tiles by expert.
+
+    IS_LATE: `chosen` comes from the launch in front, as `count` does, and is not older.
+    """
     program = tl.program_id(0)
     pair = program * CHUNK + tl.arange(0, CHUNK)
     e = tl.arange(0, EP)
-    chosen = tl.load(chosen_P + pair, mask=pair < num_pairs, other=E).to(tl.int32)
+    if not IS_LATE:
+        chosen = tl.load(chosen_P + pair, mask=pair < num_pairs, other=E).to(tl.int32)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    if IS_LATE:
+        chosen = tl.load(chosen_P + pair, mask=pair < num_pairs, other=E).to(tl.int32)
     total = tl.zeros((EP,), tl.int32)
     before = tl.zeros((EP,), tl.int32)
     for first in tl.range(0, num_chunks, 64):
@@ -179,19 +185,28 @@ class SortedPairs(NamedTuple):
 def sort_pairs(chosen_TA: Tensor, num_experts: int) -> SortedPairs:
     """Group many pairs by expert, stably, in two launches."""
     num_pairs, padded = chosen_TA.numel(), 1 << (num_experts - 1).bit_length()
-    num_chunks = triton.cdiv(num_pairs, CHUNK_PAIRS)
-    is_dependent = has_dependent_launch(chosen_TA.device)
+    num_chunks, is_dependent = triton.cdiv(num_pairs, CHUNK_PAIRS), has_dependent_launch(chosen_TA.device)
+    count_CE = torch.empty(num_chunks, padded, dtype=torch.int32, device=chosen_TA.device)
+    count_pairs_kernel[(num_chunks,)](
+        chosen_TA, count_CE, num_pairs, num_experts,
+        EP=padded, CHUNK=CHUNK_PAIRS, DEPENDENT=is_dependent, num_warps=4, launch_pdl=is_dependent,
+    )  # fmt: skip
+    return place_pairs(chosen_TA, count_CE, num_experts, is_late=False)
+
+
+def place_pairs(chosen_TA: Tensor, count_CE: Tensor, num_experts: int, *, is_late: bool) -> SortedPairs:
+    """The sort behind its histogram; `is_late` if the launch in front has written `chosen` too."""
+    num_pairs, num_chunks, is_dependent = chosen_TA.numel(), len(count_CE), has_dependent_launch(chosen_TA.device)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=chosen_TA.device)
 
     pairs = SortedPairs(empty(num_pairs), empty(num_pairs), empty(num_pairs // TILE_PAIRS + num_experts, 3), empty(1))
-    count_CE = empty(num_chunks, padded)
-    options = {"EP": padded, "CHUNK": CHUNK_PAIRS, "DEPENDENT": is_dependent, "launch_pdl": is_dependent}
-    count_pairs_kernel[(num_chunks,)](chosen_TA, count_CE, num_pairs, num_experts, **options, num_warps=4)
     place_pairs_kernel[(max(num_chunks, num_experts),)](
-        chosen_TA, count_CE, *pairs, num_pairs, num_chunks, num_experts, **options, BM=TILE_PAIRS, num_warps=8
-    )
+        chosen_TA, count_CE, *pairs, num_pairs, num_chunks, num_experts,
+        EP=count_CE.shape[1], CHUNK=CHUNK_PAIRS, BM=TILE_PAIRS, IS_LATE=is_late, DEPENDENT=is_dependent,
+        num_warps=8, launch_pdl=is_dependent,
+    )  # fmt: skip
     return pairs
 
 
@@ -208,7 +223,7 @@ def spread(x_TD: Tensor, chosen_TA: Tensor, place_P: Tensor, num_experts: int) -
     return x_PD
 
 
-def _products(x_PD: Tensor, pairs: SortedPairs, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
+def products(x_PD: Tensor, pairs: SortedPairs, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
     """y [P, D] of the sorted pairs, one program per tile and block."""
     num_experts, hidden, width = down_EDF.shape
     num_pairs, num_tiles = len(x_PD), len(pairs.tile_M3)
@@ -246,6 +261,6 @@ def experts_prefill(
     num_experts = len(down_EDF)
     pairs = sort_pairs(chosen_TA, num_experts)
     x_PD = spread(x_TD, chosen_TA, pairs.place_P, num_experts)
-    products = moe_persistent.products if moe_persistent.can_run(gate_up_E2FD, down_EDF) else _products
-    y_PD = products(x_PD, pairs, weights_TA, gate_up_E2FD, down_EDF)
+    multiply = moe_persistent.products if moe_persistent.can_run(gate_up_E2FD, down_EDF) else products
+    y_PD = multiply(x_PD, pairs, weights_TA, gate_up_E2FD, down_EDF)
     return sum_pairs(h_TD, chosen_TA, y_PD, num_experts)

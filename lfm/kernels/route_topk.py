@@ -138,6 +138,30 @@ def select_kernel(
     tl.store(weights_TA + token * A + rank, weight * scale, mask=is_chosen)
 
 
+@triton.jit
+def choose_tile(score_TE, bias_E, is_real_T, E, EP: tl.constexpr, A: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Per choice, best first: ids [T], E where there is none or the token is not real, and scores [T]; sums [T]."""
+    e = tl.arange(0, EP)
+    selection_TE = score_TE
+    if HAS_BIAS:
+        selection_TE += tl.load(bias_E + e, mask=e < E, other=0.0)[None, :]
+    selection_TE = tl.where((e < E)[None, :] & (score_TE == score_TE), selection_TE, float("-inf"))
+    total_T = tl.zeros((score_TE.shape[0],), tl.float32)
+    experts: tl.tuple = ()
+    weights: tl.tuple = ()
+    for _ in tl.static_range(A):
+        best_T = tl.max(selection_TE, 1)
+        is_best_TE = (selection_TE == best_T[:, None]) & (best_T > float("-inf"))[:, None]
+        expert_T = tl.min(tl.where(is_best_TE, e[None, :], E), 1)
+        is_chosen_TE = e[None, :] == expert_T[:, None]
+        weight_T = tl.sum(tl.where(is_chosen_TE, score_TE, 0.0), 1)
+        selection_TE = tl.where(is_chosen_TE, float("-inf"), selection_TE)
+        total_T += weight_T
+        experts += (tl.where(is_real_T, expert_T, E),)
+        weights += (weight_T,)
+    return experts, weights, total_T
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def route_tile_kernel(
     h_TD, norm_D, gate_ED, bias_E, is_real_T, x_TD, chosen_TA, weights_TA, num_tokens, eps, scale,
@@ -167,26 +191,10 @@ def route_tile_kernel(
         tl.store(x_TD + row + k, x_TK, mask=is_token_T[:, None])
         score_TE = tl.dot(x_TK, gate_EK.T, score_TE)
     score_TE = tl.sigmoid(score_TE)
-    selection_TE = score_TE
-    if HAS_BIAS:
-        selection_TE += tl.load(bias_E + e, mask=e < E, other=0.0)[None, :]
-    selection_TE = tl.where((e < E)[None, :] & (score_TE == score_TE), selection_TE, float("-inf"))
     is_real_token_T = is_token_T
     if HAS_PADDING:
         is_real_token_T = is_token_T & (tl.load(is_real_T + token_T, mask=is_token_T, other=0) > 0)
-    total_T = tl.zeros((BT,), tl.float32)
-    experts: tl.tuple = ()
-    weights: tl.tuple = ()
-    for _ in tl.static_range(A):
-        best_T = tl.max(selection_TE, 1)
-        is_best_TE = (selection_TE == best_T[:, None]) & (best_T > float("-inf"))[:, None]
-        expert_T = tl.min(tl.where(is_best_TE, e[None, :], E), 1)
-        is_chosen_TE = e[None, :] == expert_T[:, None]
-        weight_T = tl.sum(tl.where(is_chosen_TE, score_TE, 0.0), 1)
-        selection_TE = tl.where(is_chosen_TE, float("-inf"), selection_TE)
-        total_T += weight_T
-        experts += (tl.where(is_real_token_T, expert_T, E),)
-        weights += (weight_T,)
+    experts, weights, total_T = choose_tile(score_TE, bias_E, is_real_token_T, E, EP, A, HAS_BIAS)
     scale_T = tl.full((BT,), 1.0, tl.float32) * scale
     if NORMALISE:
         scale_T = scale / (total_T + 1e-6)

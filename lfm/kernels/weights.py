@@ -7,10 +7,14 @@ from torch import Tensor
 
 
 class Norm(NamedTuple):
-    """An RMSNorm: weight [D] and epsilon."""
+    """An RMSNorm: weight [D] and epsilon.
+
+    `known` [T, D]: what it makes of the tensor that it is applied to next, where another op has made it already.
+    """
 
     weight: Tensor
     eps: float
+    known: Tensor | None = None
 
 
 class Linear(NamedTuple):

@@ -132,7 +132,10 @@ class MoeFeedForward(nn.Module):
         bias = torch.empty(config.num_experts, dtype=torch.float32) if config.use_expert_bias else None
         self.register_buffer("expert_bias", bias)
 
-    def forward(self, h_TD: Tensor, norm: Norm, batch: ForwardBatch, ops: Ops) -> Tensor:
+    def forward(
+        self, h_TD: Tensor, norm: Norm, batch: ForwardBatch, ops: Ops, next_norm: Norm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream [T, D] and, where the op makes it, `next_norm` of it."""
         config = self.config
         router = Router(
             gate=self.gate.weight,
@@ -141,9 +144,11 @@ class MoeFeedForward(nn.Module):
             normalise=config.norm_topk_prob,
             scale=config.routed_scaling_factor,
         )
+        weights = self.experts.gate_up_proj, self.experts.down_proj, self.experts.scales
+        if ops.moe is not None and next_norm is not None:
+            return ops.moe(h_TD, norm, router, batch.is_real_T, *weights, next_norm)
         x_TD, chosen_TA, weights_TA = ops.route(h_TD, norm, router, batch.is_real_T)
-        experts = self.experts
-        return ops.experts(h_TD, x_TD, chosen_TA, weights_TA, experts.gate_up_proj, experts.down_proj, experts.scales)
+        return ops.experts(h_TD, x_TD, chosen_TA, weights_TA, *weights), None
 
 
 class Layer(nn.Module):
@@ -160,15 +165,28 @@ class Layer(nn.Module):
         self.ffn_norm = RmsNorm(config.hidden_size, config.norm_eps)
 
     def forward(
-        self, h_TD: Tensor, rope: Rope, batch: ForwardBatch, state: Tensor | tuple[Tensor, Tensor], ops: Ops
-    ) -> Tensor:
-        """The residual stream after the layer [T, D]. `state`: the conv tails, or K and V, of the layer in the pool."""
+        self,
+        h_TD: Tensor,
+        known_TD: Tensor | None,
+        rope: Rope,
+        batch: ForwardBatch,
+        state: Tensor | tuple[Tensor, Tensor],
+        ops: Ops,
+        next_norm: Norm | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after the layer [T, D] and, if an op has made it, the next layer's norm of it.
+
+        `known_TD`: the latter of the layer before. `state`: the conv tails, or K and V, of the layer in the pool.
+        """
+        norm = self.operator_norm.norm._replace(known=known_TD)
         if isinstance(state, tuple):
-            h_TD = self.self_attn(h_TD, self.operator_norm.norm, rope, batch, state, ops)
+            h_TD = self.self_attn(h_TD, norm, rope, batch, state, ops)
         else:
-            h_TD = self.conv(h_TD, self.operator_norm.norm, batch, state, ops)
-        out_TD: Tensor = self.feed_forward(h_TD, self.ffn_norm.norm, batch, ops)
-        return out_TD
+            h_TD = self.conv(h_TD, norm, batch, state, ops)
+        if isinstance(self.feed_forward, MoeFeedForward):
+            moe: tuple[Tensor, Tensor | None] = self.feed_forward(h_TD, self.ffn_norm.norm, batch, ops, next_norm)
+            return moe
+        return self.feed_forward(h_TD, self.ffn_norm.norm, batch, ops), None
 
 
 class Backbone(nn.Module):
@@ -196,9 +214,18 @@ class Lfm2(nn.Module):
         """Hidden states after the final norm [T, D]; K, V and conv tails of the step go to `cache`, if there is one."""
         h_TD = torch.nn.functional.embedding(batch.ids_T, self.model.embed_tokens.weight)
         rope = self.rope(batch.num_positions)
-        for layer, state in zip(self.model.layers, _states(self.config, cache, h_TD), strict=True):
-            h_TD = layer(h_TD, rope, batch, state, ops)
-        return ops.norm(h_TD, self.model.embedding_norm.norm)
+        known_TD: Tensor | None = None
+        states = _states(self.config, cache, h_TD)
+        for layer, state, next_norm in zip(self.model.layers, states, self._next_norms(ops), strict=True):
+            h_TD, known_TD = layer(h_TD, known_TD, rope, batch, state, ops, next_norm)
+        return ops.norm(h_TD, self.model.embedding_norm.norm._replace(known=known_TD))
+
+    def _next_norms(self, ops: Ops) -> list[Norm | None]:
+        """The norm behind each layer, where an op may ask for it."""
+        if ops.moe is None:
+            return [None] * len(self.model.layers)
+        norms = [layer.operator_norm.norm for layer in self.model.layers if isinstance(layer, Layer)]
+        return [*norms[1:], self.model.embedding_norm.norm]
 
     def head(self, hidden_RD: Tensor, ops: Ops) -> Tensor:
         """Logits [R, V] of the rows that need a token."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from lfm.kernels.attention import attend, attend_packed, attend_ref, qkv, qkv_ref
 from lfm.kernels.experts import experts, experts_ref
 from lfm.kernels.forward_batch import ForwardBatch
+from lfm.kernels.moe import moe
 from lfm.kernels.norm import (
     dense,
     dense_ref,
@@ -41,6 +42,13 @@ class Ops:
     dense: Callable[[Tensor, Norm, Linear, Linear], Tensor] = dense_ref
     route: Callable[[Tensor, Norm, Router, Tensor | None], tuple[Tensor, Tensor, Tensor]] = route_ref
     experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, ExpertScales | None], Tensor] = experts_ref
+    moe: (
+        Callable[
+            [Tensor, Norm, Router, Tensor | None, Tensor, Tensor, ExpertScales | None, Norm],
+            tuple[Tensor, Tensor | None],
+        ]
+        | None
+    ) = None  # in the place of route and experts; gives the next norm of its result too, or None
     norm: Callable[[Tensor, Norm], Tensor] = rms_norm_ref
     head: Callable[[Tensor, Linear], Tensor] = project_ref
     is_capturable: bool = False  # whether decode steps can be captured: no op reads what only the host knows
@@ -56,6 +64,7 @@ FAST = Ops(
     dense=dense,
     route=route,
     experts=experts,
+    moe=moe,
     norm=rms_norm,
     head=project,
     is_capturable=True,

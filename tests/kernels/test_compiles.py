@@ -38,7 +38,7 @@ META = torch.device("meta")
 SHARED_MEMORY = {80: 101_376, 89: 101_376}
 HOPPER_ONLY = {
     "count_pairs_kernel", "place_pairs_kernel", "spread_kernel", "up_prefill_kernel", "down_prefill_kernel",
-    "up_prefill_fp8_kernel", "down_prefill_fp8_kernel",
+    "up_prefill_fp8_kernel", "down_prefill_fp8_kernel", "route_count_kernel", "spread_norm_kernel", "sum_norm_kernel",
 }  # fmt: skip
 NEEDS_FP8 = {"quantise_tokens_kernel", "up_grouped_fp8_kernel", "down_grouped_fp8_kernel"}
 GLUON = {"grouped_product_kernel"}  # wgmma by hand, of capability 9.0 alone; used there only

@@ -38,7 +38,8 @@ class Sizes(NamedTuple):
 
     @property
     def num_ints(self) -> int:
-        return max(where.stop for where in self.slices().values())
+        ends: list[int] = [where.stop for where in self.slices().values()]
+        return max(ends)
 
     def slices(self) -> dict[str, slice]:
         """Where each field lies in a buffer of `num_ints`; `row_starts` has one entry more than rows.

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import msgspec
 import torch
@@ -10,6 +11,7 @@ import torch
 from lfm.chat.tokenizer import Tokenizer
 from lfm.config import EngineConfig, EnginePlan, ModelConfig
 from lfm.engine.cache import BlockHasher, BlockPool
+from lfm.engine.compile_ahead import CompileAhead, job_for
 from lfm.engine.engine import Engine
 from lfm.engine.grammar_library import TokenTable
 from lfm.engine.grammar_masks import token_table
@@ -46,7 +48,11 @@ def build_engine(config: EngineConfig, *, on_phase: Callable[[str], None] = lamb
     plan = plan_engine(config, source.config)
     if plan.num_threads is not None:
         torch.set_num_threads(plan.num_threads)
-    model = load_model(source, plan, on_phase=on_phase)
+    job = job_for(source.config, plan)
+    with CompileAhead(job) if job is not None else nullcontext() as kernels:
+        model = load_model(source, plan, on_phase=on_phase)
+        if kernels is not None:
+            kernels.wait(on_phase)
     tokenizer = Tokenizer.for_source(source.folder, source.config)
     engine = assemble_engine(
         model,

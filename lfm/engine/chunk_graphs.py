@@ -14,6 +14,7 @@ padding alone. Legend: T tokens, S rows, D hidden.
 import logging
 import math
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -84,13 +85,20 @@ class ChunkGraphs:
 
     def want_next(self) -> bool:
         """Ask for the smallest size without a graph, as a step would; False if there is none."""
-        possible = (self._sizes(tokens, rows) for tokens in TOKENS for rows in ROWS if self._can_occur(tokens, rows))
         known = self._graphs.keys() | self._refused
-        missing = next((sizes for sizes in possible if sizes not in known), None)
+        missing = next((sizes for sizes in self._possible() if sizes not in known), None)
         if missing is None or self._is_broken:
             return False
         self._wanted[missing] = None
         return True
+
+    def run_every_size(self) -> None:
+        """Run each size that steps may ask for once, on padding alone."""
+        for sizes in self._possible():
+            self._run_padding(sizes)
+
+    def _possible(self) -> Iterator[Sizes]:
+        return (self._sizes(tokens, rows) for tokens in TOKENS for rows in ROWS if self._can_occur(tokens, rows))
 
     def _can_occur(self, tokens: int, rows: int) -> bool:
         """Whether a step may need room for so many tokens and rows: it has fewer rows than tokens."""
@@ -127,9 +135,15 @@ class ChunkGraphs:
         return Sizes(tokens, rows, self._builder.max_writes(tokens, rows))
 
     @torch.inference_mode()
-    def _capture(self, sizes: Sizes) -> ChunkGraph:
+    def _run_padding(self, sizes: Sizes) -> Tensor:
+        """Run a size's padding; returns the inputs."""
         inputs = torch.from_numpy(self._builder.padding(sizes)).to(self._rows.device)
-        self._forward(inputs, sizes)  # compiles kernels, makes the libraries' handles
+        self._forward(inputs, sizes)
+        return inputs
+
+    @torch.inference_mode()
+    def _capture(self, sizes: Sizes) -> ChunkGraph:
+        inputs = self._run_padding(sizes)  # compiles kernels, makes the libraries' handles
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory_pool):
             hidden_TD, is_finite_S = self._forward(inputs, sizes)

@@ -230,7 +230,7 @@ class DecodeGraphs:
 
 
 def _decode_batch(fields_FB: Tensor, tables: BlockTables, last_ids_R: Tensor, max_model_len: int) -> ForwardBatch:
-    """The bucket's forward inputs, as views of the fields in its buffer and of what is derived from it on the device."""
+    """The bucket's forward inputs, as views of its buffer's fields and of what is derived from them on the device."""
     ids, positions, slots, device_rows, tail_reads, tail_writes, _, is_real = fields_FB.unbind()
     bucket = fields_FB.shape[1]
     rows = torch.arange(bucket + 1, device=fields_FB.device)

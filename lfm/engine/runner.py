@@ -104,6 +104,12 @@ class Runner:
         self._graphs = DecodeGraphs(self.model, self.cache, self.rows, self._builder, self.ops)
         self._chunk_graphs = ChunkGraphs(self.model, self.cache, self.rows, self._builder, self.ops)
 
+    def run_every_shape(self, every_flags: Sequence[SampleFlags]) -> None:
+        """Run each shape that has a graph, or gets one when a step asks, once on padding; decode steps sample, too."""
+        if self._graphs is not None and self._chunk_graphs is not None:
+            self._graphs.run_every_shape(every_flags)
+            self._chunk_graphs.run_every_size()
+
     @contextmanager
     def observed(self, ops: Ops) -> Iterator[None]:
         """Compute steps with `ops` and never from a graph, within the block: for measurements that look inside."""

@@ -31,10 +31,7 @@ class Wanted:
 
     @property
     def is_cached(self) -> bool:
-        from triton.runtime.cache import get_cache_manager
-
-        file = f"{self.source.name[:150]}.json"  # written last; Triton cuts long names
-        return file in (get_cache_manager(self.key).get_group(file) or {})
+        return is_cached(self.source.name, self.key)
 
     def compile(self) -> None:
         """Compile it into the cache, with the little library that launches it where Triton makes one per kernel (3.6).
@@ -47,6 +44,14 @@ class Wanted:
         kernel = triton.compile(self.source, target=self.target, options=self.options)
         if hasattr(driver, "make_launcher"):
             driver.CudaLauncher(kernel.src, kernel.metadata)
+
+
+def is_cached(name: str, key: str) -> bool:
+    """Whether the kernel of this name and key is in Triton's cache, whole."""
+    from triton.runtime.cache import get_cache_manager
+
+    file = f"{name[:150]}.json"  # written last; Triton cuts long names
+    return file in (get_cache_manager(key).get_group(file) or {})
 
 
 class _Driver:

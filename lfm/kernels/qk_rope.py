@@ -22,7 +22,7 @@ HEADS_PER_PROGRAM = 16
 FEW_TOKENS, TOKENS_PER_PROGRAM = 512, 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _norm_rotate_write(
     qkv_TN, q_weight_K, k_weight_K, cos_PK, sin_PK, positions_T, slots_T, q_THK, k_NGRK, v_NGRK, k_bytes, v_bytes,
     q_eps, k_eps, num_tokens,

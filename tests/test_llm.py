@@ -1,6 +1,7 @@
 """`lfm.LLM`: the engine in the caller's own process."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lfm.chat.messages import Message
 from lfm.config import EngineConfig
 from lfm.errors import InternalError, RequestError
 from lfm.llm import LLM
-from lfm.protocol import EngineRequest, SamplingParams
+from lfm.protocol import EngineRequest, SamplingParams, TokenEvent
 
 CONFIG = EngineConfig(model="random:tiny", device="cpu", max_model_len=512, max_running=8)
 
@@ -166,3 +167,19 @@ def test_closing_twice_is_closing_once() -> None:
     llm = LLM(CONFIG)
     llm.close()
     llm.close()
+
+
+def test_the_first_step_begins_while_later_prompts_are_added() -> None:
+    with LLM(replace(CONFIG, step_tokens=32)) as llm:
+        prompts = [[1, *range(20 + i, 40 + i)] for i in range(6)]
+        expected = [output.token_ids for output in llm.generate(prompts, sampling=greedy(4))]
+        llm.engine._num_in_flight_kept = 1  # as on a GPU: launching does not wait
+        step, present = llm.engine.step, []
+
+        def noted() -> list[TokenEvent]:
+            present.append(llm.engine.scheduler.num_waiting + llm.engine.scheduler.num_running)
+            return step()
+
+        llm.engine.step = noted  # type: ignore[method-assign]
+        assert [output.token_ids for output in llm.generate(prompts, sampling=greedy(4))] == expected
+        assert present[:2] == [2, 6], "two prompts fill the first step"

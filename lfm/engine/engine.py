@@ -111,6 +111,13 @@ class Engine:
         """Whether anything waits, runs or has not been read or returned yet."""
         return bool(self._pending_events or self._in_flight or self.scheduler.has_sequences)
 
+    @property
+    def would_start_full(self) -> bool:
+        """Whether nothing runs, the next step would be full whatever is added, and launching it waits for nothing."""
+        if not self._num_in_flight_kept or self._in_flight or self.scheduler.num_running:
+            return False
+        return self.scheduler.num_waiting_tokens >= self.scheduler.step_tokens
+
     def step(self) -> list[TokenEvent]:
         """One round: launch the next step, read what is due, return the events that it caused."""
         events, self._pending_events = self._pending_events, []

@@ -44,7 +44,7 @@ class Scheduler:
         self.pool = pool
         self.block_size = block_size
         self.counters = Counters()
-        self._step_tokens = step_tokens
+        self.step_tokens = step_tokens
         self._step_tokens_decoding = min(step_tokens, step_tokens_decoding)
         self._prefixes = Prefixes(pool, hasher, block_size=block_size, is_on=prefix_caching)
         self._free_rows = list(range(max_running - 1, -1, -1))
@@ -163,7 +163,7 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """Choose the next step, or None if nothing can be launched now (no work, or all of it waits for an answer)."""
         batch = ScheduledBatch(rows=[], started=[])
-        tokens = self._step_tokens
+        tokens = self.step_tokens
         if any(sequence.is_decoding for sequence in self._running):
             tokens = min(tokens, max(self._step_tokens_decoding, self.num_waiting_tokens // BACKLOG_STEPS))
         budget = StepBudget(left=tokens, longest=tokens)

@@ -288,3 +288,18 @@ def test_float32_serves_too() -> None:
     engine = make_engine(model, make_plan(dtype="float32"), overlap=True)
     outputs = run_all(engine, [make_request("r", [9, 10, 11], GREEDY)])
     assert outputs["r"] == naive_loop(model, [9, 10, 11], GREEDY)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_may_begin_before_all_are_added_once_it_is_full(overlap: bool) -> None:
+    """But only where launching it waits for nothing, and nothing else runs."""
+    engine = engine_with(overlap=overlap, step_tokens=16)
+    engine.add(make_request("a", list(range(10)), GREEDY))
+    assert not engine.would_start_full, "the next request belongs into the same step"
+    engine.add(make_request("b", list(range(10)), GREEDY))
+    assert engine.would_start_full is overlap
+    engine.step()
+    engine.add(make_request("c", list(range(20)), GREEDY))
+    assert not engine.would_start_full
+    while engine.has_work():
+        engine.step()

@@ -142,7 +142,7 @@ class Harness:
     def check_shape(self, batch: ScheduledBatch) -> None:
         sizes = [row.end - row.start for row in batch.rows]
         assert all(size > 0 for size in sizes)
-        assert sum(sizes) <= self.scheduler._step_tokens
+        assert sum(sizes) <= self.scheduler.step_tokens
         assert len({row.sequence.row for row in batch.rows}) == len(batch.rows)
         ends = [(row.sequence.id, row.sequence.row, row.end) for row in batch.rows]
         if batch.repeats:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from lfm.cli.options import flag
+from lfm.errors import UsageError
 from lfm.search.config import SearchConfig
 from lfm.service.data_folder import data_folder
 
@@ -37,6 +38,10 @@ FetchAllowFlag = Annotated[
 ]
 SearchSecondsFlag = Annotated[float, flag("search_seconds", "The longest that a search may take.", panel=_SEARCH)]
 ProviderSecondsFlag = Annotated[float, flag("provider_seconds", "The longest to wait for a provider.", panel=_SEARCH)]
+RatesFlag = Annotated[
+    str | None,
+    flag("provider_rates", "Requests a second that your plans allow, such as brave=20,exa=10.", panel=_SEARCH),
+]
 MaxSearchesFlag = Annotated[int, flag("max_searches", "Searches of the model for one answer.", panel=_SEARCH)]
 
 
@@ -49,8 +54,10 @@ def search_config(
     fetch_allow: Sequence[str] | None,
     search_seconds: float,
     provider_seconds: float,
+    provider_rates: str | None,
     max_searches: int,
     shows_paths: bool,
+    num_processes: int,
 ) -> SearchConfig:
     """The checked settings. The embeddings server is that of `lfm index`, from the environment. Raises UsageError."""
     return SearchConfig(
@@ -66,9 +73,23 @@ def search_config(
         fetch_allow=tuple(fetch_allow or ()),
         search_seconds=search_seconds,
         provider_seconds=provider_seconds,
+        rates_per_s=_rates(provider_rates or ""),
         max_searches=max_searches,
         shows_paths=shows_paths,
+        num_processes=num_processes,
     )
+
+
+def _rates(text: str) -> dict[str, float]:
+    """Read brave=20,exa=10. Raises UsageError."""
+    rates = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, rate = part.partition("=")
+        try:
+            rates[name.strip()] = float(rate)
+        except ValueError as error:
+            raise UsageError(f"--provider-rates {part!r} is no rate. Give some such as brave=20,exa=10.") from error
+    return rates
 
 
 def _given(environ: Mapping[str, str], name: str) -> str | None:

@@ -33,6 +33,7 @@ def serve(
     fetch_allow: search_options.FetchAllowFlag = None,
     search_seconds: search_options.SearchSecondsFlag = search_options.SEARCH.search_seconds,
     provider_seconds: search_options.ProviderSecondsFlag = search_options.SEARCH.provider_seconds,
+    provider_rates: search_options.RatesFlag = None,
     max_searches: search_options.MaxSearchesFlag = search_options.SEARCH.max_searches,
     device: options.DeviceFlag = ENGINE.device,
     dtype: options.DtypeFlag = "auto",
@@ -84,7 +85,9 @@ def serve(
         fetch_allow=fetch_allow,
         search_seconds=search_seconds,
         provider_seconds=provider_seconds,
+        provider_rates=provider_rates,
         max_searches=max_searches,
         shows_paths=server_config.is_loopback,
+        num_processes=api_workers,
     )
     run_service(engine_config, server_config, search_config)

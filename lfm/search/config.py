@@ -9,6 +9,7 @@ from lfm.search.urls import server_root
 
 MAX_WAIT_S = 120.0
 MAX_SEARCHES = 16
+MAX_RATE = 10_000
 _NEEDS = {
     "searxng": "searxng_url",
     "brave": "brave_api_key",
@@ -22,10 +23,11 @@ _KEYS = ("brave_api_key", "tavily_api_key", "exa_api_key", "embeddings_key")
 class SearchConfig:
     """Providers in order of preference, and what each needs. Keys are masked in `repr`.
 
-    `rates_per_s` replaces the usual rates, by provider. `index_folder` None: there is no local index.
-    `shows_paths`: whether callers see where the operator's documents are, or names only. `fetch_allow`: servers and
-    networks inside that pages may be fetched from. `provider_seconds` is the time for one provider, `search_seconds`
-    for all of a search, `page_seconds` for one page. `max_searches` is how often a model may search for one answer.
+    `rates_per_s` replaces the usual rates, by provider; each of `num_processes` takes its part of them. `index_folder`
+    None: there is no local index. `shows_paths`: whether callers see where the operator's documents are, or names only.
+    `fetch_allow`: servers and networks inside that pages may be fetched from. `provider_seconds` is the time for one
+    provider, `search_seconds` for all of a search, `page_seconds` for one page. `max_searches` is how often a model may
+    search for one answer.
 
     Raises UsageError for a provider that is not known or lacks its key or address, for keys and addresses that cannot
     be, and for values out of range.
@@ -37,6 +39,7 @@ class SearchConfig:
     tavily_api_key: str | None = None
     exa_api_key: str | None = None
     rates_per_s: Mapping[str, float] = field(default_factory=dict)
+    num_processes: int = 1
     index_folder: str | None = None
     shows_paths: bool = True
     embeddings_url: str | None = None
@@ -58,8 +61,14 @@ class SearchConfig:
         if len(set(self.providers)) < len(self.providers):
             raise UsageError(f"A search provider is named twice in {', '.join(self.providers)}. Name each once.")
         for name, rate in self.rates_per_s.items():
-            if rate <= 0:
-                raise UsageError(f"The rate of {name}, {rate:g} requests a second, must be above 0.")
+            if name not in _NEEDS:
+                raise UsageError(
+                    f"There is no search provider {name!r} to set a rate of. Allowed: {', '.join(_NEEDS)}."
+                )
+            if not 0 < rate <= MAX_RATE:
+                raise UsageError(
+                    f"The rate of {name}, {rate:g} a second, is out of range. Allowed: up to {MAX_RATE:,}."
+                )
         for name in ("provider_seconds", "search_seconds", "page_seconds"):
             if not 0 < getattr(self, name) <= MAX_WAIT_S:
                 raise UsageError(f"{name}={getattr(self, name):g} is out of range. Allowed: above 0 to {MAX_WAIT_S:g}.")

@@ -42,5 +42,6 @@ def _given(index: Searchable | None) -> Searchable:
 
 def _link(provider: Provider, config: SearchConfig) -> Link:
     per_s = config.rates_per_s.get(provider.name, RATES_PER_S.get(provider.name))
+    per_s = None if per_s is None else per_s / config.num_processes
     limit = None if per_s is None else RateLimit(per_s, burst=max(1, round(per_s)))
     return Link(provider=provider, timeout_s=config.provider_seconds, rate_limit=limit)

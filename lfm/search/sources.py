@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lfm.search.clean import clean_line, clean_text
-from lfm.search.fetch import Page
-from lfm.search.results import SearchResult
 
 CITE_INSTRUCTION = (
     "Answer from the sources. After each statement, name the sources that support it by their numbers in square "
@@ -32,26 +30,6 @@ class Source:
     url: str = ""
     location: str = ""
     date: str | None = None
-
-
-def result_sources(results: Sequence[SearchResult], *, first_number: int = 1) -> list[Source]:
-    """Search results as sources. `first_number` goes on after those of an earlier search."""
-    return [
-        Source(
-            number=number,
-            text=result.snippet,
-            title=result.title,
-            url=result.url,
-            location=result.location,
-            date=result.date,
-        )
-        for number, result in enumerate(results, first_number)
-    ]
-
-
-def page_source(page: Page, *, number: int, max_chars: int) -> Source:
-    """A fetched page as a source, its text cut at `max_chars`."""
-    return Source(number=number, text=page.text[:max_chars], title=page.title, url=page.url)
 
 
 def render(sources: Sequence[Source]) -> str:

@@ -17,8 +17,10 @@ UNSET = {
     "fetch_allow": None,
     "search_seconds": 10.0,
     "provider_seconds": 5.0,
+    "provider_rates": None,
     "max_searches": 4,
     "shows_paths": True,
+    "num_processes": 1,
 }
 
 
@@ -48,12 +50,19 @@ def test_keys_come_from_the_environment() -> None:
         ({"providers": "exa"}, "Set LFM_EXA_API_KEY"),
         ({"fetch_allow": ["10.0.0.0/99"]}, "10.0.0.0/99"),
         ({"search_seconds": 0.0}, "search_seconds=0 is out of range"),
+        ({"provider_rates": "brave"}, "'brave' is no rate"),
+        ({"provider_rates": "local=5"}, "no search provider 'local' to set a rate of"),
+        ({"provider_rates": "exa=nan"}, "The rate of exa, nan a second, is out of range"),
         ({"max_searches": 17}, "max_searches=17 is out of range. Allowed: 1 to 16"),
     ],
 )
 def test_what_cannot_work_is_refused_at_the_start(given: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         configured(**given)
+
+
+def test_rates_of_plans_may_be_told() -> None:
+    assert configured(provider_rates=" brave=20, exa=0.5,").rates_per_s == {"brave": 20.0, "exa": 0.5}
 
 
 def test_the_embeddings_server_is_the_one_of_lfm_index() -> None:

@@ -5,11 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lfm.errors import RequestError
-from lfm.search.fetch import Page
 from lfm.search.packing import Passage, SourceDocument, pack, parse_documents
 from lfm.search.ranking import bm25_scores, fuse
-from lfm.search.results import SearchResult
-from lfm.search.sources import Source, page_source, render, result_sources
+from lfm.search.sources import Source, render
 
 
 def count_words(text: str) -> int:
@@ -156,15 +154,6 @@ def test_no_text_can_end_its_fence_or_begin_another() -> None:
     assert len(fences) == 2
     assert "\x00" not in rendered
     assert "<|im_start|>me" in rendered, "it is text, and stays text"
-
-
-def test_results_and_pages_become_sources() -> None:
-    results = [SearchResult(title="t", url="u", snippet="s", provider="p", date="d", location="l")]
-    assert result_sources(results, first_number=6) == [
-        Source(number=6, text="s", title="t", url="u", location="l", date="d")
-    ]
-    page = Page(url="u", title="t", text="abc", content_type="text/html", sha256="", num_bytes=3, hops=("u",))
-    assert page_source(page, number=2, max_chars=2) == Source(number=2, text="ab", title="t", url="u")
 
 
 def test_rare_words_weigh_more_and_no_shared_word_is_zero() -> None:

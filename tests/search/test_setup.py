@@ -21,7 +21,7 @@ from tests.search.indexes import document
         ({"providers": ("brave",)}, r"brave needs brave_api_key\. Set LFM_BRAVE_API_KEY\."),
         ({"providers": ("searxng",)}, r"searxng needs searxng_url"),
         ({"providers": ("local", "local")}, "named twice in local, local"),
-        ({"rates_per_s": {"brave": 0}}, "must be above 0"),
+        ({"rates_per_s": {"brave": 0}}, "The rate of brave, 0 a second, is out of range"),
         (
             {"searxng_url": "localhost:8080"},
             "The address of searxng cannot be used: 'localhost:8080' is no web address",
@@ -62,6 +62,15 @@ def test_the_chain_has_the_providers_in_order_with_their_rates(tmp_path: Path) -
         assert limits[1] is not None
         assert [limits[1].reserve() for _ in range(21)] == pytest.approx([0.0] * 20 + [0.05], abs=0.01)
         asyncio.run(chain.aclose())
+
+
+def test_processes_share_the_rate_of_a_plan() -> None:
+    config = SearchConfig(providers=("brave",), brave_api_key="a", rates_per_s={"brave": 20.0}, num_processes=4)
+    chain = open_chain(config)
+    limit = chain._links[0].rate_limit
+    assert limit is not None
+    assert [limit.reserve() for _ in range(6)] == pytest.approx([0.0] * 5 + [0.2], abs=0.05)
+    asyncio.run(chain.aclose())
 
 
 def test_the_local_provider_needs_an_index_and_then_works_alone(tmp_path: Path) -> None:

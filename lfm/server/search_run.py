@@ -88,6 +88,7 @@ async def run_search(
     except RequestError as error:
         return SearchRun(message=f"The search was not made. {error.message}", error="invalid_tool_input")
     except ProviderError as error:
+        logger.info("request_id=%s tool=%s provider=- reason=%s", request_id, tool.name, error.reason)
         return SearchRun(message=f"{error} Answer without sources, and say so.", error="unavailable")
     logger.info(
         "request_id=%s tool=%s provider=%s results=%d cached=%s failed=%s search_ms=%.0f",

@@ -410,8 +410,10 @@ def test_the_user_s_documents_are_a_provider_too(tmp_path: Path) -> None:
     with LocalIndex(tmp_path) as index:
         text = "# Pumps\n\nA pump moves water.\n\n## Winter\n\nIn winter it freezes.\x1b"
         index.store.write([document("/my files/pump.md", text, title="Pumps")])
-        query = SearchQuery(text="winter", allowed_domains=("example.org",))
+        query = SearchQuery(text="winter", blocked_domains=("example.org",))
         (result,) = asyncio.run(Local(index).search(query))
+        wanted = SearchQuery(text="winter", allowed_domains=("example.org",))
+        assert asyncio.run(Local(index).search(wanted)) == [], "it is of no domain"
     assert result == SearchResult(
         title="Pumps",
         url="file:///my%20files/pump.md",

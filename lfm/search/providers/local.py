@@ -30,7 +30,7 @@ class Searchable(Protocol):
 
 
 class Local:
-    """Searches an index, which stays the caller's. Domains mean nothing here and are ignored.
+    """Searches an index, which stays the caller's. Documents are of no domain: where some are asked for, it finds none.
 
     `shows_paths`: whether results tell where a document is on this machine (file:///...), which its operator wants to
     see and nobody else should; without it an address is a digest of the path and the file's name (document:...).
@@ -46,6 +46,8 @@ class Local:
         self._threads = ThreadPoolExecutor(_MAX_AT_ONCE, thread_name_prefix="lfm-index")
 
     async def search(self, query: SearchQuery) -> list[SearchResult]:
+        if query.allowed_domains:
+            return []
         try:
             search = partial(self._index.search, query.text, limit=query.max_results)
             hits = await asyncio.get_running_loop().run_in_executor(self._threads, search)

@@ -26,6 +26,8 @@ from lfm.kernels.triton_guard import has_dependent_launch, tl, triton
 
 GROUP_ROWS = 16  # rows of the smallest matrix product; more q heads per kv head are the reference's
 MAX_PARTS = 32
+# Whether a row's own keys are read while the launch in front still computes the prefix. Not measured yet.
+OVERLAPS_PREFIX = False
 FEW_ROWS = 16  # up to here parts are merged by a program per q head, and beyond by one per kv head
 
 
@@ -82,11 +84,14 @@ def _decode_kernel(
     G: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, K: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr,
     PREFIX_PARTS: tl.constexpr, PREFIX_TILE: tl.constexpr, IS_MIXED: tl.constexpr, PDL: tl.constexpr,
+    LATE_WAIT: tl.constexpr,
 ):  # fmt: skip
     """q [T, H, K] against K and V [blocks, G, R, K] -> o [T, H, K], or a part of it in fp32 and its log2 sum.
 
     IS_MIXED: rows of other than one token are left out. PREFIX_PARTS > 0: the first `shared_S` blocks come in parts.
     Parts are the slowest axis: programs without keys come last, and those with keys spread over the whole GPU.
+    LATE_WAIT: q, K and V are older than the launch in front, which makes the parts of the prefix; only those, and what
+    is written, have to wait for it.
     """
     g, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     token, is_single = row, True
@@ -103,8 +108,11 @@ def _decode_kernel(
     block = tl.load(table + tl.minimum(begin, end - 1) // B)
     if PDL:  # before any return: a launch that no program of waits would let the next one overtake the last
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        if not LATE_WAIT:
+            tl.extra.cuda.gdc_wait()
     if not is_single or split >= in_use:
+        if LATE_WAIT:
+            tl.extra.cuda.gdc_wait()
         return
     end = tl.minimum(begin + size, end)
     rows, dims, keys = tl.arange(0, M), tl.arange(0, K), tl.arange(0, TILE)
@@ -128,6 +136,8 @@ def _decode_kernel(
         if R > B:
             p *= scale_of(tl.load(v_bytes + scale_offsets, mask=is_key, other=0))[None, :]
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None])
+    if LATE_WAIT:
+        tl.extra.cuda.gdc_wait()
     if PREFIX_PARTS > 0:
         _, in_prefix = row_parts(shared, PREFIX_PARTS, 1, PREFIX_TILE)
         in_prefix = tl.where(split == 0, in_prefix, 0)
@@ -187,12 +197,14 @@ def decode_rows(
     num_rows, tables_SN = len(batch.starts_S), batch.block_tables_SN
     group, block_size = num_heads // num_groups, block_size_of(k_NGBK)
     tiling = tiling_of(num_rows, num_groups)
-    is_dependent = has_dependent_launch(q_THK.device)
+    is_dependent, has_prefix = has_dependent_launch(q_THK.device), batch.shared is not None
     part_SPHK = sum_SPH = prefix_SPHK = prefix_sum_SPH = o_THK
     if tiling.parts > 1:
         part_SPHK, sum_SPH = new_parts(q_THK, num_rows, tiling.parts)
+    overlaps = False
     if batch.shared is not None:
         prefix_SPHK, prefix_sum_SPH = attend_prefix(q_THK, batch, k_NGBK, v_NGBK, is_mixed=is_mixed)
+        overlaps = OVERLAPS_PREFIX and is_dependent and len(batch.shared.tiles_YX) > 0  # else nothing was launched
     shared_S = batch.starts_S if batch.shared is None else batch.shared.blocks_S
     _decode_kernel[(num_groups, num_rows, tiling.parts)](
         q_THK, k_NGBK, v_NGBK, as_bytes(k_NGBK), as_bytes(v_NGBK), tables_SN, batch.starts_S, batch.row_starts_S1,
@@ -200,8 +212,8 @@ def decode_rows(
         shared_S, prefix_SPHK, prefix_sum_SPH, q_THK.stride(0), tables_SN.stride(0), tiling.parts, tiling.min_tiles,
         head_dim**-0.5 * LOG2_E,
         G=num_groups, GROUP=group, M=GROUP_ROWS, K=head_dim, B=block_size, R=rows, TILE=tiling.tile,
-        PREFIX_PARTS=0 if batch.shared is None else PREFIX_PARTS, PREFIX_TILE=PREFIX_TILE,
-        IS_MIXED=is_mixed, PDL=is_dependent,
+        PREFIX_PARTS=PREFIX_PARTS if has_prefix else 0, PREFIX_TILE=PREFIX_TILE,
+        IS_MIXED=is_mixed, PDL=is_dependent, LATE_WAIT=overlaps,
         num_warps=tiling.warps, num_stages=tiling.stages, launch_pdl=is_dependent,
     )  # fmt: skip
     if tiling.parts > 1:
@@ -209,6 +221,6 @@ def decode_rows(
         _merge_kernel[(num_heads // heads, num_rows)](
             part_SPHK, sum_SPH, batch.starts_S, batch.row_starts_S1, shared_S, o_THK, tiling.parts, tiling.min_tiles,
             H=num_heads, HEADS=heads, K=head_dim, B=block_size, TILE=tiling.tile,
-            P=triton.next_power_of_2(tiling.parts), HAS_PREFIX=batch.shared is not None,
+            P=triton.next_power_of_2(tiling.parts), HAS_PREFIX=has_prefix,
             IS_MIXED=is_mixed, PDL=is_dependent, num_warps=1, launch_pdl=is_dependent,
         )  # fmt: skip

@@ -31,9 +31,9 @@ def _prefix_kernel(
     """q [T, H, K] of the rows of tiles [Y, X] (-1: no row) -> parts [S, PARTS, H, K] in fp32, and log2 sums."""
     split, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_row = tl.load(tiles_YX + tile * X)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    if PDL:  # in this order: the launch behind may read q, K and V as soon as it begins
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if first_row < 0:
         return
     shared = tl.load(shared_S + first_row).to(tl.int32) * B

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lfm.kernels import attention
+from lfm.kernels import attention, paged_decode
 from lfm.kernels.attention import attend, attend_ref, qkv, qkv_ref, rope_tables
 from lfm.kernels.forward_batch import ForwardBatch, SharedPrefix
 from lfm.kernels.weights import Linear, Norm
@@ -195,3 +195,17 @@ def test_a_row_does_not_depend_on_its_neighbours_in_a_bucket() -> None:
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     shuffled = attend(q[order], q, q, batch_of([chunks[i] for i in order.tolist()], 128, device="cuda"), k, v)
     assert shuffled.equal(together[order])
+
+
+def test_own_keys_read_beside_the_prefix_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a chain, where q, K and V are written by the launch in front of the prefix: a race would move the result."""
+    batch, k, v = shared_case(0)
+    wide = normal(batch.row_starts[-1], 32, 64)
+    results = []
+    for overlaps in (False, True, True, True, True, True):
+        monkeypatch.setattr(paged_decode, "OVERLAPS_PREFIX", overlaps)
+        q = torch.full_like(wide, torch.nan)
+        torch.cuda._sleep(100_000)
+        q.copy_(wide)
+        results.append(attend(q, q, q, batch, k, v))
+    assert all(torch.equal(result, results[0]) for result in results[1:])

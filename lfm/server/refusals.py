@@ -104,6 +104,9 @@ CHAT_RULES = FieldRules(
         "truncate_prompt_tokens": none_of(),
         "messages[].function_call": none_of(),
         "messages[].audio": none_of(),
+        "plugins": none_of([]),  # OpenRouter's way to ask for a search, among others
+        "search_domain_filter": none_of([]),  # Perplexity's
+        "search_recency_filter": none_of(),
     },
     without_effect={
         "reasoning_effort": (none_of("none"), NO_REASONING),
@@ -167,4 +170,18 @@ MESSAGES_RULES = FieldRules(
         "service_tier": (none_of("auto", "standard_only"), ONE_TIER),
         "speed": (none_of("standard"), ONE_TIER),
     },
+)
+
+# Perplexity's filters that no provider here is asked to apply.
+SEARCH_RULES = FieldRules(
+    refused={
+        "search_recency_filter": none_of(),
+        "search_after_date_filter": none_of(),
+        "search_before_date_filter": none_of(),
+        "last_updated_after_filter": none_of(),
+        "last_updated_before_filter": none_of(),
+        "search_language_filter": none_of([]),
+        "search_mode": none_of("web"),
+    },
+    without_effect={},
 )

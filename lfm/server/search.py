@@ -12,6 +12,7 @@ from lfm.search.errors import ProviderError
 from lfm.search.results import SearchQuery, SearchResult, bare_domain, check_domains
 from lfm.server.asgi import read_json_object, send_json
 from lfm.server.disconnect import run_while_connected
+from lfm.server.refusals import SEARCH_RULES
 from lfm.server.schemas import parse_request
 from lfm.server.state import AppState, record_of
 
@@ -94,6 +95,7 @@ class Search:
         if self._state.is_draining:
             raise self._state.draining_error()
         body = await read_json_object(scope, receive, stalled_s=self._state.config.stalled_reader_seconds)
+        SEARCH_RULES.refuse(body.value)
         request = parse_request(SearchRequest, body.value)
         work = self._answer(request, send, tenant=record_of(scope).owner)
         await run_while_connected(work, scope=scope, receive=receive, state=self._state)

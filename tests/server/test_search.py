@@ -96,6 +96,8 @@ def test_domains_are_filtered_here_too(web: Web) -> None:
         ("allowed_domains", {"query": "a", "allowed_domains": ["not a domain"]}),
         ("search_domain_filter", {"query": "a", "search_domain_filter": ["-"]}),
         ("country", {"query": "a", "country": "Germany"}),
+        ("search_recency_filter", {"query": "a", "search_recency_filter": "week"}),
+        ("search_mode", {"query": "a", "search_mode": "academic"}),
     ],
 )
 def test_a_wrong_field_is_named(param: str, body: dict[str, Any]) -> None:

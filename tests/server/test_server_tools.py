@@ -321,6 +321,8 @@ def test_documents_and_searches_share_their_numbers(service: SearchService) -> N
         ("web_search_options", {"web_search_options": "yes"}),
         ("web_search_options.search_context_size", {"web_search_options": {"search_context_size": "huge"}}),
         ("web_search_options.filters", {"web_search_options": {"filters": []}}),
+        ("search_recency_filter", {"search_recency_filter": "week"}),
+        ("plugins", {"plugins": [{"id": "web"}]}),
         ("web_search_options.allowed_domains", {"web_search_options": {"filters": {"allowed_domains": ["no domain"]}}}),
         ("web_search_options.country", {"web_search_options": {"user_location": {"country": "Germany"}}}),
         ("web_search_options.external_web_access", {"web_search_options": {"external_web_access": "no"}}),

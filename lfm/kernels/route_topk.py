@@ -11,6 +11,8 @@ all of the gate takes 10 us, since a multiprocessor gets some 64 bytes a cycle f
 Legend: T tokens, D hidden, E experts, A experts per token; EP, E rounded up to a power of two; K columns of a step.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -22,15 +24,21 @@ from lfm.kernels.weights import Norm, Router
 # Measured on an H200 at 64 experts: 32 tokens 5.5 us, tiles from there 6.4 to 7.2 and 10.2 at 512, one launch 10.2.
 MAX_FEW_TOKENS = 32
 MAX_SPREAD_TOKENS = 384
+MAX_SELECTING_TOKENS = 0  # up to here the last program selects, without a second launch; none, until it is measured
 TILE_TOKENS, TILE_EXPERTS, TILE_WARPS = 16, 8, 8
 
 
 @triton.jit
 def score_kernel(
-    h_TD, norm_D, gate_ED, x_TD, score_TE, eps, E,
-    D: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, DEPENDENT: tl.constexpr,
+    h_TD, norm_D, gate_ED, x_TD, score_TE, eps, E, bias_E, is_real_T, chosen_TA, weights_TA, num_done_T, weight_scale,
+    D: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, EP: tl.constexpr, A: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_PADDING: tl.constexpr, NORMALISE: tl.constexpr, SELECTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, tile of ROWS experts): sigmoid(x gate^T) [T, E]; the first tile writes x [T, D]."""
+    """Program (token, tile of ROWS experts): sigmoid(x gate^T) [T, E]; the first tile writes x [T, D].
+
+    SELECTS: the last program of a token to be done selects, and sets the token's count of them back to 0.
+    """
     token = tl.program_id(0)
     e = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, LANES)[None, :]
@@ -58,6 +66,16 @@ def score_kernel(
         tl.store(tl.broadcast_to(x_TD + token * D + k + i * LANES, (ROWS, LANES)), x, mask=is_first)
         score += x.to(tl.float32) * gates[i].to(tl.float32)
     tl.store(score_TE + token * E + e, tl.sigmoid(tl.sum(score, 1)), mask=is_expert)
+    if SELECTS:
+        tl.debug_barrier()  # all threads have stored when one of them counts
+        before = tl.atomic_add(num_done_T + token, 1, sem="acq_rel", scope="gpu")
+        if before == tl.num_programs(1) - 1:
+            tl.store(num_done_T + token, 0)
+            tl.debug_barrier()
+            select_token(
+                score_TE, bias_E, is_real_T, chosen_TA, weights_TA, weight_scale, token, E,
+                EP, A, HAS_BIAS, HAS_PADDING, NORMALISE, False,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -111,8 +129,20 @@ def select_kernel(
     E, EP: tl.constexpr, A: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_PADDING: tl.constexpr, NORMALISE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Program (token): the A best of E by score + bias, best first, and their weights. Rank: how many are better."""
-    token = tl.program_id(0)
+    """Program (token): as `select_token`."""
+    select_token(
+        score_TE, bias_E, is_real_T, chosen_TA, weights_TA, scale, tl.program_id(0), E,
+        EP, A, HAS_BIAS, HAS_PADDING, NORMALISE, DEPENDENT,
+    )  # fmt: skip
+
+
+@triton.jit
+def select_token(
+    score_TE, bias_E, is_real_T, chosen_TA, weights_TA, scale, token,
+    E, EP: tl.constexpr, A: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_PADDING: tl.constexpr, NORMALISE: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """The A best of E by score + bias, best first, and their weights. Rank: how many are better."""
     e = tl.arange(0, EP)
     bias = tl.zeros((EP,), tl.float32)
     if HAS_BIAS:
@@ -123,7 +153,7 @@ def select_kernel(
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    score = tl.load(score_TE + token * E + e, mask=e < E, other=0.0)
+    score = tl.load(score_TE + token * E + e, mask=e < E, other=0.0, cache_modifier=".cg")  # others' are in L2
     is_choice = (e < E) & (score == score)
     selection = tl.where(is_choice, score + bias, float("-inf"))
     mine, other = selection[:, None], selection[None, :]
@@ -203,6 +233,12 @@ def route_tile_kernel(
         tl.store(weights_TA + token_T * A + a, weights[a] * scale_T, mask=is_token_T)
 
 
+@cache
+def counters(device: torch.device) -> Tensor:
+    """Zeros [MAX_FEW_TOKENS], which every launch leaves as zeros; one launch at a time uses them."""
+    return torch.zeros(MAX_FEW_TOKENS, dtype=torch.int32, device=device)
+
+
 def route_fast(
     h_TD: Tensor, norm: Norm, router: Router, is_real_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,12 +257,15 @@ def route_fast(
         "NORMALISE": router.normalise, "DEPENDENT": is_dependent, "launch_pdl": is_dependent,
     }  # fmt: skip
     score_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=h_TD.device)  # costs nothing unused
+    selects = num_tokens <= MAX_SELECTING_TOKENS
     if num_tokens <= MAX_FEW_TOKENS:
         score_kernel[(num_tokens, padded // 4)](
             h_TD, norm.weight, router.gate, x_TD, score_TE, norm.eps, num_experts,
-            D=hidden, ROWS=4, LANES=largest_divisor(hidden, 256), DEPENDENT=is_dependent,
-            num_warps=4, launch_pdl=is_dependent,
+            bias_E, padding_T, chosen_TA, weights_TA, counters(h_TD.device) if selects else chosen_TA, router.scale,
+            D=hidden, ROWS=4, LANES=largest_divisor(hidden, 256), SELECTS=selects, **choice, num_warps=4,
         )  # fmt: skip
+        if selects:
+            return x_TD, chosen_TA, weights_TA
     elif num_tokens <= MAX_SPREAD_TOKENS:
         num_tiles = triton.cdiv(num_experts, TILE_EXPERTS)
         score_tile_kernel[(triton.cdiv(num_tokens, TILE_TOKENS), num_tiles)](

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lfm.kernels import route_topk
 from lfm.kernels.experts import experts, experts_ref
 from lfm.kernels.router import route, route_ref
 from lfm.kernels.weights import Norm, Router
@@ -111,6 +112,19 @@ def test_router_chooses_the_best_and_weighs_them_right(sizes: Sizes, num_tokens:
     assert bool((chosen.sort(1).values.diff(dim=1) > 0).all())
     exact = scores.gather(1, chosen)
     torch.testing.assert_close(weights.double(), exact / (exact.sum(1, keepdim=True) + 1e-6), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 32])
+def test_the_last_program_of_a_token_selects_with_the_same_bits(
+    num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many times, in a chain of launches that overlap: what the others wrote has to be seen."""
+    h, norm, router = router_of(num_tokens, LARGE, bias=True)
+    apart = route(h, norm, router)
+    monkeypatch.setattr(route_topk, "MAX_SELECTING_TOKENS", 32)
+    results = [route(h, norm, router) for _ in range(200)]
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, apart, strict=True))
+    assert not bool(route_topk.counters(h.device).any())
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 16, 100, 1024])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lfm.kernels import moe_grouped, moe_grouped_fp8, moe_prefill_fp8
+from lfm.kernels import moe_grouped, moe_grouped_fp8, moe_prefill_fp8, route_topk
 from lfm.kernels.experts import experts_fp8_ref, experts_ref
 from lfm.kernels.fp8 import quantise_rows
 from lfm.kernels.moe_grouped import experts_grouped
@@ -144,6 +144,16 @@ else:
         fast, reference = routed(num_tokens, bias=bias, normalise=bias, padding=bias)
         for got, expected in zip(fast, reference, strict=True):
             torch.testing.assert_close(got, expected)
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("num_tokens", [1, 3, MAX_FEW_TOKENS])
+    def test_the_last_program_of_a_token_selects(num_tokens: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        apart, _ = routed(num_tokens, bias=bias, normalise=bias, padding=bias)
+        monkeypatch.setattr(route_topk, "MAX_SELECTING_TOKENS", MAX_FEW_TOKENS)
+        for _ in range(2):
+            together, _ = routed(num_tokens, bias=bias, normalise=bias, padding=bias)
+            assert all(torch.equal(*pair) for pair in zip(together, apart, strict=True))
+        assert not route_topk.counters(torch.device("cpu")).any()
 
     @pytest.mark.parametrize("num_tokens", [2, MAX_FEW_TOKENS + 2, MAX_SPREAD_TOKENS + 2])
     def test_equal_scores_go_to_the_lower_id_and_nan_to_no_expert(num_tokens: int) -> None:

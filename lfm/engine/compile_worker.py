@@ -20,7 +20,7 @@ from lfm.config import EnginePlan, ModelConfig
 from lfm.engine.lifeline import follow_parent
 from lfm.engine.make_runner import DTYPES, make_runner
 from lfm.engine.warm_up import run_every_step
-from lfm.kernels.dry_run import Wanted, collect_only, compile_launch_tools
+from lfm.kernels.dry_run import Wanted, collect_only, compile_launch_tools, compile_launcher
 from lfm.kernels.tuned import from_text
 from lfm.model.lfm2 import Lfm2
 from lfm.model.ops import FAST
@@ -115,7 +115,7 @@ def work(job: Job, output: TextIO) -> None:
             tell(Kernel(name, key))
         elif _take(job.lock_fd, 1 + int(key[:12], 16)):
             try:
-                kernel.compile()
+                compile_launcher(kernel.compile())
                 tell(Kernel(name, key))
             except Exception as error:  # noqa: BLE001  (told; the engine will try again itself)
                 tell(Kernel(name, key, _in_words(error)))

@@ -189,7 +189,7 @@ class DecodeGraphs:
                 shape = Shape(bucket, has_shared)
                 inputs = self._padded_inputs(bucket)
                 decode = DecodeGraph(shape, inputs, [], None, *self._forward(inputs, shape))
-                for flags in every_flags:
+                for flags in () if has_shared else every_flags:
                     self._sample(decode, flags)
 
     def _padded_inputs(self, bucket: int) -> Tensor:

@@ -19,7 +19,6 @@ from lfm.engine.step import ScheduledBatch, ScheduledRow
 from lfm.kernels.forward_batch import SCRATCH_BLOCK
 from lfm.protocol import EngineRequest, SamplingParams
 
-FEW_DECODING = (0, 1, 2, 4, 8)  # from 8 rows on, steps are like those with graphs, which have room for so many
 # What the steps run here do not show: fragmentation, lazily loaded kernels, the count pool of the penalties.
 MARGIN_BYTES = 768 * 2**20
 
@@ -44,9 +43,9 @@ def run_every_step(runner: Runner, plan: EnginePlan) -> None:
     """Run a step of every kind that can occur, those first that come first; nothing is read. For a dry run.
 
     What a kernel is compiled for depends on classes of tokens and of rows. All shapes with graphs are run, and, without
-    graphs, prompts of all those sizes alone and beside a few decoding rows.
+    graphs, what they do not cover: prompts of all those sizes alone, and one beside every power of two of other rows.
     """
-    for batch in (*largest_steps(plan), *_prompts(plan)):
+    for batch in itertools.chain(largest_steps(plan), _prompts(plan)):
         runner.sample(runner.forward(batch))
     runner.rows.write_masks([0], torch.zeros(1, num_mask_words(runner.rows.vocab_size), dtype=torch.int32))
     runner.run_every_shape(
@@ -58,10 +57,11 @@ def run_every_step(runner: Runner, plan: EnginePlan) -> None:
 
 
 def _prompts(plan: EnginePlan) -> Iterator[ScheduledBatch]:
-    """A prompt of every size of step, alone and behind rows that decode."""
+    """A prompt of every size of step, alone, and one behind 1, 2, 4, 8 ... rows that decode."""
     sizes = sorted({*(tokens for tokens in TOKENS if tokens <= plan.step_tokens), plan.step_tokens})
-    for num_tokens, num_decoding in itertools.product(sizes, FEW_DECODING):
-        num_decoding = min(num_decoding, plan.max_running - 1, num_tokens - 1)
+    powers = [1 << i for i in range((plan.max_running - 1).bit_length())]
+    behind = [(num + 2, num) for num in powers if num + 2 <= plan.step_tokens]
+    for num_tokens, num_decoding in [(size, 0) for size in sizes] + behind:
         num_prompt = min(num_tokens - num_decoding, plan.max_model_len - 1)
         lengths = [2] * num_decoding + [num_prompt]
         starts = [1] * num_decoding + [0]

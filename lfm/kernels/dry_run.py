@@ -33,17 +33,11 @@ class Wanted:
     def is_cached(self) -> bool:
         return is_cached(self.source.name, self.key)
 
-    def compile(self) -> None:
-        """Compile it into the cache, with the little library that launches it where Triton makes one per kernel (3.6).
-
-        Raises whatever Triton raises, if its own compiler or the one for C fails.
-        """
+    def compile(self) -> Any:
+        """Compile it into the cache. Raises whatever Triton raises."""
         import triton
-        from triton.backends.nvidia import driver
 
-        kernel = triton.compile(self.source, target=self.target, options=self.options)
-        if hasattr(driver, "make_launcher"):
-            driver.CudaLauncher(kernel.src, kernel.metadata)
+        return triton.compile(self.source, target=self.target, options=self.options)
 
 
 def is_cached(name: str, key: str) -> bool:
@@ -165,7 +159,18 @@ def _as_on(capability: int, device: int, tables: Tuned, methods: dict[str, Any])
 
 
 def compile_launch_tools() -> None:
-    """Compile what Triton needs before its first launch of anything, into its cache. Needs the driver's library."""
+    """Compile what Triton needs before its first launch of anything, into its cache.
+
+    Raises whatever the compiler for C or Triton raises, where there is no driver, for example.
+    """
     from triton.backends.nvidia.driver import CudaUtils
 
     CudaUtils()
+
+
+def compile_launcher(kernel: Any) -> None:
+    """Compile the library that launches a kernel, where Triton makes one for each (3.6). Raises as the one above."""
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "make_launcher"):
+        driver.CudaLauncher(kernel.src, kernel.metadata)

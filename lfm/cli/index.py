@@ -1,6 +1,6 @@
 """`lfm index`: the search index over your own documents. Add them, list them, search them, remove them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +31,7 @@ EmbeddingsUrlFlag = Annotated[
 ]
 EmbeddingsModelFlag = Annotated[str | None, options.flag("embeddings_model", "The model to name to that server.")]
 EmbeddingsKeyFlag = Annotated[str | None, options.flag("embeddings_key", "Its API key, if it wants one.")]
+MissingFlag = Annotated[bool, options.flag("missing", "Only those whose files do not exist any more.")]
 LimitFlag = Annotated[int, options.flag("limit", "Most passages to show.")]
 
 
@@ -71,7 +72,8 @@ def list_documents(
 ) -> None:
     """List the documents in the index: path, title, passages and bytes, separated by tabs."""
     with _opened(index_folder) as opened:
-        documents = [document for name in _names(paths) for document in opened.store.documents(under=name)]
+        names = [_name(path) for path in paths] if paths else [None]
+        documents = [document for name in names for document in opened.store.documents(under=name)]
     for document in documents:
         write_text(f"{one_line(document.path)}\t{document.title}\t{document.num_chunks}\t{document.num_bytes}\n")
     if not documents:
@@ -101,15 +103,21 @@ def search(
 
 
 @index.command("remove")
-def remove(paths: PathsArgument, index_folder: IndexFlag = None, debug: options.DebugFlag = False) -> None:
+def remove(
+    paths: PathsArgument, missing: MissingFlag = False, index_folder: IndexFlag = None, debug: options.DebugFlag = False
+) -> None:
     """Remove documents from the index; the files themselves stay. They need not exist any more."""
+    from lfm.search.indexing import missing_documents
+
     with _opened(index_folder) as opened:
-        removed = set()
-        for path, name in zip(paths, _names(paths), strict=True):
-            documents = opened.store.documents(under=name)
+        removed: set[str] = set()
+        for path in paths:
+            documents = opened.store.documents(under=_name(path))
             if not documents:
                 raise UsageError(f"{str(path)!r} is not in the index. See what is: lfm index list")
             removed |= {document.path for document in documents}
+        if missing:
+            removed = set(missing_documents(opened.store, map(_name, paths)))
         opened.store.write(remove=removed)
         opened.sync()
     print(f"Removed {len(removed):,} documents.")
@@ -139,12 +147,8 @@ def _embeddings(url: str | None, model: str | None, key: str | None) -> "Embeddi
     return EmbeddingClient(url, model, api_key=key)
 
 
-def _names(paths: Sequence[Path] | None) -> list[str | None]:
-    """Paths as the index knows them; None for all documents."""
-    return [_name(path) for path in paths] if paths else [None]
-
-
 def _name(path: Path) -> str:
+    """A path as the index knows it."""
     try:
         name = str(path.resolve())
         name.encode()
@@ -158,6 +162,11 @@ def _show_report(report: "AddReport") -> None:
         note(f"{one_line(str(path))}: {cause}")
     for path in report.empty:
         note(f"{one_line(str(path))}: has no text (a scan?), so nothing in it can be found.")
+    if report.gone:
+        example = one_line(report.gone[0])
+        note(
+            f"{len(report.gone):,} files are gone, such as {example}. Forget them with: lfm index remove --missing PATH"
+        )
     print(
         f"{report.num_added:,} added, {report.num_changed:,} changed, {report.num_unchanged:,} unchanged, "
         f"{len(report.failed):,} failed: {report.num_bytes:,} bytes, {report.num_chunks:,} passages."

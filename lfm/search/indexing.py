@@ -1,5 +1,6 @@
 """Adds files to an index: what changed is read, cut and written; what did not is left alone."""
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from lfm.search.documents import RECIPE, extract_document, find_documents, read_
 from lfm.search.errors import ExtractionError
 from lfm.search.extraction import Extractor
 from lfm.search.local_index import LocalIndex
-from lfm.search.store import NewDocument
+from lfm.search.store import NewDocument, Store
 
 _BATCH_BYTES = 4 * 1024 * 1024  # of text in one transaction
 _BATCH_DOCUMENTS = 100
@@ -19,7 +20,10 @@ OnProgress = Callable[[str], None]
 
 @dataclass(slots=True)
 class AddReport:
-    """What became of the files. `failed` says why, `empty` are documents without any text (a scan, say)."""
+    """What became of the files. `failed` says why, `empty` are documents without any text (a scan, say).
+
+    `gone` are documents of the index whose files are not in the folders any more. They stay: a disk may be missing.
+    """
 
     num_added: int = 0
     num_changed: int = 0
@@ -28,6 +32,7 @@ class AddReport:
     num_chunks: int = 0
     failed: list[tuple[Path, str]] = field(default_factory=list)
     empty: list[Path] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
 
 
 def add_paths(index: LocalIndex, paths: Iterable[Path], *, extractor: Extractor, on_progress: OnProgress) -> AddReport:
@@ -36,6 +41,7 @@ def add_paths(index: LocalIndex, paths: Iterable[Path], *, extractor: Extractor,
     Each document is written whole or not at all, so that an add which was stopped goes on where it was when it is run
     again. Raises UsageError for a path that does not exist, before anything is read.
     """
+    paths = list(paths)
     found = list(find_documents(paths))
     report = AddReport()
     batch: list[NewDocument] = []
@@ -53,8 +59,15 @@ def add_paths(index: LocalIndex, paths: Iterable[Path], *, extractor: Extractor,
             batch = []
     if batch:
         index.store.write(batch)
+    report.gone = missing_documents(index.store, [str(path.resolve()) for path in paths if path.is_dir()])
     index.sync(on_change=lambda num_left: on_progress(f"building the index: {num_left:,} changes left"))
     return report
+
+
+def missing_documents(store: Store, names: Iterable[str]) -> list[str]:
+    """The documents at these paths, and in the folders of these names, whose files do not exist any more."""
+    paths = {document.path for name in names for document in store.documents(under=name)}
+    return sorted(path for path in paths if not os.path.lexists(path))
 
 
 def _new_document(index: LocalIndex, path: Path, extractor: Extractor, report: AddReport) -> NewDocument | None:

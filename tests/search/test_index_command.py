@@ -80,6 +80,18 @@ def test_a_removed_file_can_still_be_removed_from_the_index(lfm: Lfm, folder: Pa
     assert lfm("remove", str(folder / "pump.md")).code == 0
 
 
+def test_files_that_are_gone_are_told_and_stay_until_they_are_removed(lfm: Lfm, folder: Path) -> None:
+    """A disk may be missing for a while."""
+    lfm("add", str(folder))
+    (folder / "pump.md").unlink()
+    done = lfm("add", str(folder))
+    assert f"1 files are gone, such as {folder}/pump.md. Forget them with: lfm index remove --missing PATH" in done.err
+    assert len(lfm("list").out.splitlines()) == 3
+    assert lfm("remove", "--missing", str(folder)).out == "Removed 1 documents.\n"
+    assert len(lfm("list").out.splitlines()) == 2
+    assert "gone" not in lfm("add", str(folder)).err
+
+
 def test_adding_again_says_what_is_unchanged(lfm: Lfm, folder: Path) -> None:
     lfm("add", str(folder))
     assert "0 added, 0 changed, 3 unchanged, 0 failed: 0 bytes" in lfm("add", str(folder)).out

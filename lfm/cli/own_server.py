@@ -27,10 +27,12 @@ def own_server(
     *,
     api_key: str | None = None,
     on_line: Callable[[str], None] = ignore_progress,
+    on_later_line: Callable[[str], None] = ignore_progress,
 ) -> Iterator[str]:
     """Start `lfm serve MODEL` with `flags`, yield its address when it is ready, and stop it in the end.
 
-    A flag of value True stands alone; None and False leave it out. `on_line` gets what the server tells of its start.
+    A flag of value True stands alone; None and False leave it out. `on_line` gets what the server tells of its start,
+    `on_later_line` its log from then on.
     Ctrl-C at the terminal does not reach the server. Raises the LfmError that ended it, if it could not start. Call it
     in the main thread, which has the signals.
     """
@@ -49,7 +51,7 @@ def own_server(
             address = server.stdout.readline().rpartition(" at ")[2].strip()
             if not address.startswith("http"):  # it has ended instead
                 raise _cause(server.wait(), logs[0])
-            logs[0].falls_silent()
+            logs[0].turn_to(on_later_line)
             logs.append(_Log(server.stdout, ignore_progress))
             yield address
         finally:
@@ -101,9 +103,9 @@ class _Log:
             self._lines.append(line.rstrip("\n"))
             self._on_line(self._lines[-1])
 
-    def falls_silent(self) -> None:
-        """The server is ready: its further lines are one for each request."""
-        self._on_line = ignore_progress
+    def turn_to(self, on_line: Callable[[str], None]) -> None:
+        """The server is ready: its further lines, mostly one for each request, go elsewhere."""
+        self._on_line = on_line
 
     def lines(self) -> list[str]:
         """The last lines of a server that has ended."""

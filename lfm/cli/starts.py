@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,17 +16,25 @@ from lfm.cli.facts import git_commit, run
 from lfm.cli.own_server import own_server
 from lfm.errors import MachineError
 
+GRAPHS_S = 30.0  # so long is waited, after the first token, for the graphs
+WEIGHTS, KERNELS, GRAPHS = "weights are there", "kernels are compiled", "graphs are captured"
 KERNEL_FOLDER = "TRITON_CACHE_DIR"  # Triton's name for where it keeps what it compiled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """One start. Times are seconds since the command; `phases` are the server's own lines and when they came."""
+    """One start. Times are seconds since the command; `phases` are the server's own lines and when they came.
+
+    None where a server had nothing of the kind to do or, of graphs, has not told within GRAPHS_S.
+    """
 
     model: str
     kernels: str  # "cold": nothing was compiled before; "warm": all that the cold start compiled is there
+    weights_s: float | None  # all weights are there
+    kernels_s: float | None  # compiled, beside the weights and for what was left behind them
     ready_s: float
     first_token_s: float
+    graphs_s: float | None  # captured for all sizes of steps, which the engine does while it idles
     phases: list[tuple[float, str]]
     commit: str | None
     gpu: str | None
@@ -56,18 +65,39 @@ def _start(model: str, flags: Mapping[str, object], *, kernels: str, commit: str
     def elapsed_s() -> float:
         return round(time.monotonic() - started_s, 3)
 
-    with own_server(model, flags, on_line=lambda line: phases.append((elapsed_s(), line))) as root:
+    has_graphs = threading.Event()
+
+    def note_phase(line: str) -> None:
+        phases.append((elapsed_s(), line))
+
+    def note_graphs(line: str) -> None:
+        if GRAPHS in line:
+            note_phase(line[line.index(GRAPHS) :])
+            has_graphs.set()
+
+    with own_server(model, flags, on_line=note_phase, on_later_line=note_graphs) as root:
         ready_s = elapsed_s()
         _ask(root)
-        return Start(
-            model=model,
-            kernels=kernels,
-            ready_s=ready_s,
-            first_token_s=elapsed_s(),
-            phases=phases,
-            commit=commit,
-            gpu=gpu,
-        )
+        first_token_s = elapsed_s()
+        if gpu is not None and flags.get("--device") != "cpu":
+            has_graphs.wait(GRAPHS_S)
+    return Start(
+        model=model,
+        kernels=kernels,
+        weights_s=_when(phases, WEIGHTS),
+        kernels_s=_when(phases, KERNELS),
+        ready_s=ready_s,
+        first_token_s=first_token_s,
+        graphs_s=_when(phases, GRAPHS),
+        phases=phases,
+        commit=commit,
+        gpu=gpu,
+    )
+
+
+def _when(phases: Sequence[tuple[float, str]], what: str) -> float | None:
+    """When the server told of it."""
+    return next((at_s for at_s, line in phases if line.startswith(what)), None)
 
 
 def _ask(root: str) -> None:
@@ -99,7 +129,15 @@ def write_starts(starts: Sequence[Start], path: Path | None) -> None:
 def print_starts(starts: Sequence[Start]) -> None:
     """The phases for people, then one JSON line per start for programs."""
     for start in starts:
-        print(f"{start.model}, kernels {start.kernels}: ready {start.ready_s:.1f} s, token {start.first_token_s:.1f} s")
+        times = {
+            "weights": start.weights_s,
+            "kernels": start.kernels_s,
+            "ready": start.ready_s,
+            "first token": start.first_token_s,
+            "graphs": start.graphs_s,
+        }
+        told = ", ".join(f"{what} {at_s:.1f} s" for what, at_s in times.items() if at_s is not None)
+        print(f"{start.model}, kernels {start.kernels}: {told}")
         for at_s, line in start.phases:
             print(f"  {at_s:7.2f} s  {line}")
     for start in starts:

@@ -70,6 +70,10 @@ class ChunkGraphs:
     def num_replayed(self) -> int:
         return sum(graph.num_replayed for graph in self._graphs.values())
 
+    @property
+    def num_graphs(self) -> int:
+        return len(self._graphs)
+
     def find(self, batch: ScheduledBatch) -> ChunkGraph | None:
         """The graph for a step; None if it is too large, would be padding for too much, or has no graph yet."""
         num_tokens = batch.num_tokens

@@ -125,7 +125,7 @@ class CompileAhead:
         if len(self._cached) == self._num_kernels and not self._num_failed:
             set_seal(self._seal, list(self._cached.values()))
         elapsed_s = ended_s - self._started_s
-        on_phase(f"{len(self._cached)} of {self._num_kernels} kernels are compiled after {elapsed_s:.1f} s")
+        on_phase(f"kernels are compiled, {len(self._cached)} of {self._num_kernels}, after {elapsed_s:.1f} s")
 
     def _follow(self, on_phase: Callable[[str], None], stall_s: float) -> float:
         """Take in what is told until it is over; when that was."""

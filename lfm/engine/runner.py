@@ -129,15 +129,24 @@ class Runner:
         """Use a moment without steps: capture a graph that some may ask for. False when there is none left."""
         if self._graphs is None or self._chunk_graphs is None or not self._prepares:
             return False
+        self._prepares = self._capture_ahead(self._graphs, self._chunk_graphs)
+        if not self._prepares:
+            num_chunks = self._chunk_graphs.num_graphs
+            logger.info(
+                "graphs are captured: %d of decode steps, %d with chunks", len(self.captured_shapes), num_chunks
+            )
+        return self._prepares
+
+    def _capture_ahead(self, graphs: DecodeGraphs, chunk_graphs: ChunkGraphs) -> bool:
         if torch.cuda.mem_get_info(self.rows.device)[0] < SPARE_BYTES:
             return False
-        is_wanted = self._graphs.want_next() or self._chunk_graphs.want_next()
+        is_wanted = graphs.want_next() or chunk_graphs.want_next()
         try:
             self.between_steps()
         except Exception:  # a size that no step has asked for must not end the engine
             logger.exception("a graph could not be captured ahead; from now on only those that steps ask for")
-            self._prepares = False
-        return is_wanted and self._prepares
+            return False
+        return is_wanted
 
     @torch.inference_mode()
     def forward(self, batch: ScheduledBatch) -> Forwarded:

@@ -19,7 +19,9 @@ def test_both_starts_are_timed_and_told(lfm: Lfm, tmp_path: Path) -> None:
     assert starts == [json.loads(line) for line in done.out.splitlines()[-2:]]
     assert [start["kernels"] for start in starts] == ["cold", "warm"]
     for start in starts:
-        assert 0 < start["ready_s"] < start["first_token_s"]
+        assert 0 < start["weights_s"] < start["ready_s"] < start["first_token_s"]
+        assert start["kernels_s"] is None, "nothing is compiled for a CPU"
+        assert start["graphs_s"] is None
         times = [at_s for at_s, _ in start["phases"]]
         assert times == sorted(times)
         assert any("random weights" in line for _, line in start["phases"])

@@ -71,7 +71,7 @@ def test_progress_is_told_and_the_next_start_has_nothing_to_do(cache: Path) -> N
         put(cache, key)
     phases = run(script(lines_of((KEYS[0], ""), (KEYS[1], ""), (KEYS[0], ""))))
     assert phases[0].startswith("compiling kernels: ")
-    assert phases[-1].startswith("2 of 2 kernels are compiled after ")
+    assert phases[-1].startswith("kernels are compiled, 2 of 2, after ")
     assert is_sealed(seal_of(JOB))
     with CompileAhead(JOB, command=("/no/such/program",)) as again:
         again.wait(phases.append)
@@ -90,14 +90,14 @@ def test_a_kernel_that_left_the_cache_is_compiled_again(cache: Path) -> None:
 
 def test_a_worker_that_hangs_is_given_up_and_ended(caplog: pytest.LogCaptureFixture) -> None:
     phases = run(script(lines_of((KEYS[0], "")), "import threading; threading.Event().wait()"), stall_s=0.3)
-    assert phases[-1].startswith("1 of 2 kernels")
+    assert phases[-1].startswith("kernels are compiled, 1 of 2, after")
     assert "given up after 0.3 silent seconds" in caplog.text
     assert not seal_of(JOB).exists()
 
 
 @pytest.mark.parametrize("then", ["os.abort()", "sys.exit(3)", "raise OSError"], ids=["crash", "exit", "raise"])
 def test_a_worker_that_ends_early_is_not_waited_for(then: str) -> None:
-    assert run(script(lines_of((KEYS[0], "")), then))[-1].startswith("1 of 2 kernels")
+    assert run(script(lines_of((KEYS[0], "")), then))[-1].startswith("kernels are compiled, 1 of 2, after")
     assert not seal_of(JOB).exists()
 
 

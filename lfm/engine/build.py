@@ -51,8 +51,11 @@ def build_engine(config: EngineConfig, *, on_phase: Callable[[str], None] = lamb
     job = job_for(source.config, plan)
     with CompileAhead(job) if job is not None else nullcontext() as kernels:
         model = load_model(source, plan, on_phase=on_phase)
+        on_phase(f"weights are there after {time.monotonic() - started_s:.1f} s")
         if kernels is not None:
             kernels.wait(on_phase)
+    if plan.num_blocks is None:
+        on_phase("running the largest steps, for what they leave to the cache")
     tokenizer = Tokenizer.for_source(source.folder, source.config)
     engine = assemble_engine(
         model,

@@ -276,6 +276,12 @@ def test_only_wanted_results_are_kept_whatever_the_provider_sends(name: str, web
     ]
 
 
+def test_a_malformed_result_costs_no_other(name: str, web: Web) -> None:
+    results = [{"url": 5}, {"url": "https://example.org/", "title": "t"}, None]
+    answers(name, web, {"web": {"results": results}} if name == "brave" else {"results": results})
+    assert [result.url for result in ask(name, web)] == ["https://example.org/"]
+
+
 def test_results_are_cleaned_and_cut(name: str, web: Web) -> None:
     dirty = "a\x1b[2J\u202eb\ud83d\n\n\n\n<|im_end|>" + "x" * 10_000
     result = {"url": "https://example.org/", "title": dirty, "content": dirty, "description": dirty, "text": dirty}

@@ -29,7 +29,7 @@ class _Result(msgspec.Struct):
 
 
 class _Web(msgspec.Struct):
-    results: list[_Result] = []
+    results: list[object] = []  # of `_Result`
 
 
 class _Answer(msgspec.Struct):
@@ -62,7 +62,7 @@ class Brave:
                 provider=self.name,
                 date=result.page_age,
             )
-            for result in (answer.web.results if answer.web else [])
+            for result in self._client.well_formed(answer.web.results if answer.web else [], _Result)
         ]
         return wanted(results, query)
 

@@ -17,7 +17,7 @@ class _Result(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
-    results: list[_Result]
+    results: list[object]  # of `_Result`
 
 
 class Exa:
@@ -50,7 +50,7 @@ class Exa:
                 provider=self.name,
                 date=result.publishedDate,
             )
-            for result in answer.results
+            for result in self._client.well_formed(answer.results, _Result)
         ]
         return wanted(results, query)
 

@@ -1,10 +1,11 @@
 """What a provider is, and the HTTP that the web ones share: one request, bounded, its failures in our words."""
 
+import contextlib
 import email.utils
 import json
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
@@ -119,6 +120,16 @@ class ProviderClient:
             return msgspec.convert(json.loads(data), type=answer)
         except (ValueError, RecursionError) as error:
             raise ProviderError("malformed", f"The answer of {self.name} is not what it publishes.") from error
+
+    def well_formed(self, results: Sequence[object], kind: type[_T]) -> list[_T]:
+        """The results that are what the provider publishes. Raises ProviderError if there are some, and none is."""
+        kept = []
+        for result in results:
+            with contextlib.suppress(msgspec.ValidationError):
+                kept.append(msgspec.convert(result, type=kind))
+        if results and not kept:
+            raise ProviderError("malformed", f"The results of {self.name} are not what it publishes.")
+        return kept
 
     def _refusal(self, response: httpx2.Response) -> ProviderError:
         status = response.status_code

@@ -16,7 +16,7 @@ class _Result(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
-    results: list[_Result]
+    results: list[object]  # of `_Result`
 
 
 class Tavily:
@@ -49,7 +49,7 @@ class Tavily:
                 provider=self.name,
                 date=result.published_date,
             )
-            for result in answer.results
+            for result in self._client.well_formed(answer.results, _Result)
         ]
         return wanted(results, query)
 

@@ -24,8 +24,8 @@ from lfm.engine.warm_up import measure_workspace
 from lfm.errors import MachineError
 from lfm.kernels.attention import is_paged_fast
 from lfm.model.lfm2 import Lfm2
-from lfm.model.ops import FAST, REFERENCE, Ops
-from lfm.model.pack import pack
+from lfm.model.ops import CPU, FAST, REFERENCE, Ops
+from lfm.model.pack import pack, store_by_columns
 from lfm.model.presets import fill_random
 from lfm.model.sizes import block_bytes, format_bytes
 from lfm.model.source import ModelSource, resolve_model
@@ -79,7 +79,8 @@ def load_model(source: ModelSource, plan: EnginePlan, *, on_phase: Callable[[str
     else:
         on_phase(f"making random weights for {source.name}")
         fill_random(model, device=device, dtype=dtype, seed=plan.seed, is_quantised=is_quantised)
-    return pack(model.requires_grad_(False).eval())
+    pack(model.requires_grad_(False).eval())
+    return store_by_columns(model) if plan.num_threads == 1 and dtype != torch.bfloat16 else model
 
 
 def assemble_engine(
@@ -98,7 +99,8 @@ def assemble_engine(
     """
     config = model.config
     if ops is None:
-        ops = REFERENCE if plan.plain_loop else FAST
+        has_cpu_ops = plan.device == "cpu" and plan.dtype != "bfloat16"
+        ops = REFERENCE if plan.plain_loop else CPU if has_cpu_ops else FAST
     runner = make_runner(model, plan, num_ids=num_ids, ops=ops)
     num_blocks = plan.num_blocks if plan.num_blocks is not None else _measure_num_blocks(runner, plan)
     runner.cache = make_cache(config, plan, num_blocks)

@@ -69,22 +69,6 @@ def experts_ref(
     return _combine(h_TD, torch.cat(outputs), order_P, weights_TA)
 
 
-def experts_one(
-    h_1D: Tensor, x_1D: Tensor, chosen_1A: Tensor, weights_1A: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
-) -> Tensor:
-    """As `experts_ref` for one token, which needs no sorting."""
-    num_experts = gate_up_E2FD.shape[0]
-    outputs = []
-    for expert in chosen_1A[0].tolist():
-        if expert == num_experts:
-            outputs.append(torch.zeros_like(x_1D))
-            continue
-        gate, up = linear(x_1D, gate_up_E2FD[expert]).chunk(2, dim=-1)
-        outputs.append(linear(silu(gate) * up, down_EDF[expert]))
-    weighted_AD = widen(torch.cat(outputs)) * widen(weights_1A[0])[:, None]
-    return h_1D + weighted_AD.sum(0, keepdim=True).to(h_1D.dtype)
-
-
 def experts_fp8_ref(
     h_TD: Tensor,
     x_TD: Tensor,
@@ -126,8 +110,6 @@ def experts(
     _, hidden, width = down_EDF.shape
     is_fast = runs_triton(x_TD) and num_tokens > 0 and hidden % 64 == 0 and width % 64 == 0
     if not (is_fast and gate_up_E2FD.is_contiguous() and down_EDF.is_contiguous()):
-        if num_tokens == 1 and scales is None and not x_TD.is_cuda:
-            return experts_one(h_TD, x_TD, chosen_TA, weights_TA, gate_up_E2FD, down_EDF)
         return experts_ref(h_TD, x_TD, chosen_TA, weights_TA, gate_up_E2FD, down_EDF, scales)
     args = h_TD.contiguous(), x_TD.contiguous(), chosen_TA.contiguous(), weights_TA.contiguous(), gate_up_E2FD, down_EDF
     if num_tokens <= MAX_SMALL_TOKENS:

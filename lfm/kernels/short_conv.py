@@ -51,27 +51,6 @@ def short_conv_ref(bcx_T3D: Tensor, conv: Linear, batch: ForwardBatch, tails_NLD
     return c_TD * z_TD.to(u_TD.dtype)
 
 
-def short_conv_step(bcx_S3D: Tensor, conv: Linear, batch: ForwardBatch, tails_NLD: Tensor) -> Tensor:
-    """As `short_conv_ref` for decode, one token per row in order, with the same bits in a fifth of the operations."""
-    weight_DL, bias_D, _ = conv
-    b_SD, c_SD, x_SD = bcx_S3D.chunk(3, dim=-1)
-    u_SD = b_SD * x_SD
-    before = weight_DL.shape[1] - 1
-    if not before:
-        return short_conv_ref(bcx_S3D, conv, batch, tails_NLD)
-    tails_SLD = tails_NLD[batch.tail_read_S]
-    first_S1 = before - batch.positions_T[:, None]  # columns of the tail before position 0 hold anything
-    is_inside_SL = torch.arange(before, device=u_SD.device) >= first_S1
-    tails_SLD = torch.where(is_inside_SL[:, :, None], tails_SLD, 0)
-    z_SD = widen(u_SD) * widen(weight_DL[:, before])
-    for back in range(1, before + 1):
-        z_SD = z_SD + widen(tails_SLD[:, before - back]) * widen(weight_DL[:, before - back])
-    if bias_D is not None:
-        z_SD = z_SD + widen(bias_D)
-    tails_NLD[batch.tail_write_W] = torch.cat((tails_SLD[:, 1:], u_SD[:, None]), dim=1)
-    return c_SD * z_SD.to(u_SD.dtype)
-
-
 def short_conv_packed(bcx_T3D: Tensor, conv: Linear, batch: ForwardBatch, tails_NLD: Tensor) -> Tensor:
     """The same without state, for training and full recompute: every row starts at position 0. Differentiable."""
     del tails_NLD
@@ -108,8 +87,6 @@ def conv_in(h_TD: Tensor, norm: Norm, in_proj: Linear, conv: Linear, batch: Forw
     """As `conv_in_ref`. As many tokens as rows and tail writes means one token per row, in order: decode."""
     is_decode = batch.rows_T.shape[0] == batch.starts_S.shape[0] == batch.tail_write_W.shape[0]
     if not runs_triton(h_TD) or conv.weight.stride() != (conv.weight.shape[1], 1):
-        if is_decode:
-            return short_conv_step(project_ref(rms_norm_ref(h_TD, norm), in_proj), conv, batch, tails_NLD)
         return conv_in_ref(h_TD, norm, in_proj, conv, batch, tails_NLD)
     if is_decode and (tile := find_tile("conv_in", h_TD, in_proj.weight)):
         return stream_conv_in(h_TD, norm, in_proj, conv, batch, tails_NLD, tile)

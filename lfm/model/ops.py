@@ -1,8 +1,8 @@
 """The tables of ops that the one model definition is written in.
 
 `PACKED` trains and recomputes in full (autograd, no cache), `REFERENCE` serves from the paged cache in plain torch,
-`FAST` is what a step uses where the hardware has something better. A fast entry has the signature of its reference and
-a parity test; a capability check inside the op falls back to the reference.
+`FAST` is what a step uses where the hardware has something better, and `CPU` where a CPU computes in fp32 or fp64. A
+fast entry has the signature of its reference and a parity test; a check inside the op falls back to the reference.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lfm.kernels.attention import attend, attend_packed, attend_ref, qkv, qkv_ref
+from lfm.kernels.cpu_attention import cpu_attend, cpu_qkv
+from lfm.kernels.cpu_conv import cpu_conv_in
+from lfm.kernels.cpu_experts import cpu_experts
+from lfm.kernels.cpu_layers import cpu_dense, cpu_norm, cpu_project_add, cpu_route
 from lfm.kernels.experts import experts, experts_ref
 from lfm.kernels.forward_batch import ForwardBatch
 from lfm.kernels.moe import moe
@@ -68,4 +72,14 @@ FAST = Ops(
     norm=rms_norm,
     head=project,
     is_capturable=True,
+)
+CPU = Ops(
+    conv_in=cpu_conv_in,
+    qkv=cpu_qkv,
+    attend=cpu_attend,
+    project_add=cpu_project_add,
+    dense=cpu_dense,
+    route=cpu_route,
+    experts=cpu_experts,
+    norm=cpu_norm,
 )

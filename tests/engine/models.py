@@ -70,12 +70,17 @@ def make_plan(*, device: str = "cpu", dtype: str = "float64", **changes: int | b
 
 
 def make_engine(
-    model: Lfm2, plan: EnginePlan, *, overlap: bool, make_table: Callable[[], TokenTable] | None = None
+    model: Lfm2,
+    plan: EnginePlan,
+    *,
+    overlap: bool,
+    ops: Ops = REFERENCE,
+    make_table: Callable[[], TokenTable] | None = None,
 ) -> Engine:
     """An engine on plain ops whose pool starts filled with NaN."""
     device = model.model.embed_tokens.weight.device.type
     plan = replace(plan, device=device)
-    engine = assemble_engine(model, plan, num_ids=NUM_IDS, ops=REFERENCE, overlap=overlap, make_table=make_table)
+    engine = assemble_engine(model, plan, num_ids=NUM_IDS, ops=ops, overlap=overlap, make_table=make_table)
     engine.runner.cache.fill(float("nan"))
     return engine
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lfm.config import EnginePlan
 from lfm.engine.engine import Engine
 from lfm.model.lfm2 import Lfm2
+from lfm.model.ops import CPU, REFERENCE
 from lfm.protocol import SamplingParams, TokenEvent
 from tests.engine.models import (
     ATTENTION,
@@ -160,13 +161,21 @@ def drive(engine: Engine, traffic: list[Arrival]) -> dict[str, Outcome]:
     traffic=arrivals(64),
     overlap=st.booleans(),
     is_tight=st.booleans(),
+    has_cpu_ops=st.booleans(),
 )
 def test_ids_equal_a_full_recompute_under_random_traffic(
-    device: str, mix: str, plan: EnginePlan, traffic: list[Arrival], overlap: bool, is_tight: bool
+    device: str,
+    mix: str,
+    plan: EnginePlan,
+    traffic: list[Arrival],
+    overlap: bool,
+    is_tight: bool,
+    has_cpu_ops: bool,
 ) -> None:
     if is_tight:
         plan = shrink_pool(plan, max(len(arrival.prompt) + arrival.max_tokens for arrival in traffic))
-    outcomes = drive(make_engine(model_of(mix, device), plan, overlap=overlap), traffic)
+    ops = CPU if has_cpu_ops and device == "cpu" else REFERENCE
+    outcomes = drive(make_engine(model_of(mix, device), plan, overlap=overlap, ops=ops), traffic)
     ids = iter(outcomes.values())
     for arrival in sorted(traffic, key=lambda arrival: arrival.step):
         for choice in range(arrival.n):

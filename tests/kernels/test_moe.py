@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lfm.kernels.experts import experts, experts_one, experts_ref
+from lfm.kernels.experts import experts, experts_ref
 from lfm.kernels.norm import dense_ref, project_add_ref, rms_norm_ref
 from lfm.kernels.router import route_ref
 from lfm.kernels.weights import Linear, Norm, Router
@@ -34,14 +34,6 @@ def test_experts_equal_the_formula(num_tokens: int, num_chosen: int) -> None:
     weights = draw(num_tokens, num_chosen, seed=2).abs()
     expected = naive_experts(x, chosen, weights, gate_up, down)
     torch.testing.assert_close(experts_ref(x, x, chosen, weights, gate_up, down), x + expected)
-
-
-@pytest.mark.parametrize("chosen", [[3, 0, 2], [4, 5, 5], [1, 5, 0]])
-def test_one_token_has_the_same_experts_without_sorting(chosen: list[int]) -> None:
-    """An id of E is no expert."""
-    x, gate_up, down = draw(1, HIDDEN), draw(EXPERTS, 2 * WIDTH, HIDDEN, seed=1), draw(EXPERTS, HIDDEN, WIDTH)
-    arguments = draw(1, HIDDEN, seed=4), x, torch.tensor([chosen]), draw(1, 3, seed=2), gate_up, down
-    torch.testing.assert_close(experts_one(*arguments), experts_ref(*arguments))
 
 
 def test_experts_that_nobody_chose_are_skipped() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lfm.kernels.short_conv import short_conv_packed, short_conv_ref, short_conv_step
+from lfm.kernels.short_conv import short_conv_packed, short_conv_ref
 from lfm.kernels.weights import Linear
 from tests.kernels.paged import batch_of, garbage
 
@@ -56,23 +56,6 @@ def test_token_by_token_is_in_place_on_one_block(window: int) -> None:
     tails = garbage(2, window - 1, HIDDEN)
     steps = [short_conv_ref(bcx[t : t + 1], Linear(weight), batch_of([(t, t + 1, [1])], 8), tails) for t in range(8)]
     torch.testing.assert_close(torch.cat(steps), naive(bcx, weight, None))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [1, 2, 3, 7])
-def test_the_decode_path_has_the_bits_of_the_reference(window: int, dtype: torch.dtype) -> None:
-    """Rows at all kinds of positions, in blocks that held something else; tails that run over a block's end."""
-    bcx, weight, bias = (t if t is None else t.to(dtype) for t in inputs(5, window, has_bias=True))
-    assert bcx is not None
-    assert weight is not None
-    rows = [(position, position + 1, [2 * i + 1, 2 * i + 2]) for i, position in enumerate((0, 1, 2, 4, 7))]
-    batch = batch_of(rows, 4)
-    tails = torch.randn(12, window - 1, HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
-    tails[0] = float("nan")
-    theirs, mine = tails.clone(), tails.clone()
-    expected = short_conv_ref(bcx, Linear(weight, bias), batch, theirs)
-    assert torch.equal(short_conv_step(bcx, Linear(weight, bias), batch, mine), expected)
-    assert torch.equal(mine[1:], theirs[1:])
 
 
 def test_a_tail_is_the_state_after_the_block_s_last_token() -> None:

@@ -63,7 +63,7 @@ class CompileAhead:
         self._lines: queue.SimpleQueue[tuple[float, bytes | None]] = queue.SimpleQueue()  # and when they came
         self._num_kernels: int | None = None
         self._cached: dict[str, Kernel] = {}
-        self._num_failed = 0
+        self._failures: list[str] = []
         self._is_over = is_sealed(self._seal)
         self._processes: list[subprocess.Popen[bytes]] = []
         if not self._is_over:
@@ -122,7 +122,7 @@ class CompileAhead:
         ended_s = self._follow(on_phase, stall_s)
         if self._num_kernels is None:
             return
-        if len(self._cached) == self._num_kernels and not self._num_failed:
+        if len(self._cached) == self._num_kernels and not self._failures:
             set_seal(self._seal, list(self._cached.values()))
         elapsed_s = ended_s - self._started_s
         on_phase(f"kernels are compiled, {len(self._cached)} of {self._num_kernels}, after {elapsed_s:.1f} s")
@@ -154,15 +154,17 @@ class CompileAhead:
             return
         if isinstance(told, Listed):
             self._num_kernels = told.num_kernels
-        elif isinstance(told, Broken):
-            self._num_failed += 1
-            logger.warning("compiling ahead: %s", told.error)
         elif told.error:
-            self._num_failed += 1
-            logger.warning("kernel %s cannot be compiled ahead: %s", told.name, told.error)
-        else:
+            self._fail(told.error if isinstance(told, Broken) else f"{told.name}: {told.error}")
+        elif isinstance(told, Kernel):
             self._cached[told.key] = told
             self._is_over = len(self._cached) == self._num_kernels
+
+    def _fail(self, what: str) -> None:
+        """Say what failed first; the rest often fails alike."""
+        level = logging.DEBUG if self._failures else logging.WARNING
+        logger.log(level, "not compiled ahead, so that the engine has to: %s", what)
+        self._failures.append(what)
 
     def close(self) -> None:
         """End the processes. Idempotent."""
@@ -196,9 +198,9 @@ def is_sealed(path: Path) -> bool:
 
     try:
         kernels = msgspec.json.decode(path.read_bytes(), type=list[Kernel])
-    except (OSError, msgspec.MsgspecError):
+        return all(is_cached(kernel.name, kernel.key) for kernel in kernels)
+    except (OSError, ValueError):  # no such file, or no kernel's key; Triton makes folders for those it looks for
         return False
-    return all(is_cached(kernel.name, kernel.key) for kernel in kernels)
 
 
 def set_seal(path: Path, kernels: list[Kernel]) -> None:

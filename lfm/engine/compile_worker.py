@@ -111,14 +111,14 @@ def work(job: Job, output: TextIO) -> None:
             tell(Broken(_in_words(error)))
     for kernel in kernels:
         name, key = kernel.source.name, kernel.key
-        if kernel.is_cached:
-            tell(Kernel(name, key))
-        elif _take(job.lock_fd, 1 + int(key[:12], 16)):
-            try:
+        try:
+            if not kernel.is_cached:
+                if not _take(job.lock_fd, 1 + int(key[:12], 16)):
+                    continue
                 compile_launcher(kernel.compile())
-                tell(Kernel(name, key))
-            except Exception as error:  # noqa: BLE001  (told; the engine will try again itself)
-                tell(Kernel(name, key, _in_words(error)))
+            tell(Kernel(name, key))
+        except Exception as error:  # noqa: BLE001  (told; the engine will try again itself)
+            tell(Kernel(name, key, _in_words(error)))
 
 
 def _take(lock_fd: int, index: int) -> bool:

@@ -102,8 +102,9 @@ def test_a_worker_that_ends_early_is_not_waited_for(then: str) -> None:
 
 
 def test_a_kernel_that_does_not_compile_is_named_and_left_to_the_engine(caplog: pytest.LogCaptureFixture) -> None:
-    run(script(lines_of((KEYS[0], ""), (KEYS[1], "RuntimeError: too few registers"))))
-    assert "kernel k cannot be compiled ahead: RuntimeError: too few registers" in caplog.text
+    run(script(lines_of((KEYS[0], ""), (KEYS[1], "RuntimeError: too few registers"), (KEYS[1], "again"))))
+    (record,) = caplog.records
+    assert record.getMessage() == ("not compiled ahead, so that the engine has to: k: RuntimeError: too few registers")
     assert not seal_of(JOB).exists()
 
 
@@ -143,7 +144,11 @@ def test_a_seal_is_of_one_model_plan_gpu_and_code(monkeypatch: pytest.MonkeyPatc
     assert {seal.parent for seal in seals} == {tmp_path}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'[{"type": "kernel", "name": "k", "key": "0a"}]'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[1]", b'[{"type": "kernel", "name": "k", "key": "0a"}]', b'[{"type":"kernel","name":"k","key":"x"}]'],
+    ids=["empty", "cut off", "numbers", "gone", "no key"],
+)
 def test_a_seal_that_says_nothing_true_is_none(content: bytes) -> None:
     seal_of(JOB).write_bytes(content)
     assert not is_sealed(seal_of(JOB))

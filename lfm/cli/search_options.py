@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from lfm.cli.options import flag
+from lfm.config import ServerConfig
 from lfm.errors import UsageError
 from lfm.search.config import SearchConfig
 from lfm.service.data_folder import data_folder
@@ -56,8 +57,7 @@ def search_config(
     provider_seconds: float,
     provider_rates: str | None,
     max_searches: int,
-    shows_paths: bool,
-    num_processes: int,
+    server: ServerConfig,
 ) -> SearchConfig:
     """The checked settings. The embeddings server is that of `lfm index`, from the environment. Raises UsageError."""
     return SearchConfig(
@@ -75,8 +75,8 @@ def search_config(
         provider_seconds=provider_seconds,
         rates_per_s=_rates(provider_rates or ""),
         max_searches=max_searches,
-        shows_paths=shows_paths,
-        num_processes=num_processes,
+        shows_paths=server.is_loopback,
+        num_processes=server.api_workers,
     )
 
 

@@ -87,7 +87,6 @@ def serve(
         provider_seconds=provider_seconds,
         provider_rates=provider_rates,
         max_searches=max_searches,
-        shows_paths=server_config.is_loopback,
-        num_processes=api_workers,
+        server=server_config,
     )
     run_service(engine_config, server_config, search_config)

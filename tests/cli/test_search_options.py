@@ -19,9 +19,10 @@ UNSET = {
     "provider_seconds": 5.0,
     "provider_rates": None,
     "max_searches": 4,
-    "shows_paths": True,
-    "num_processes": 1,
+    "server": ServerConfig(),
 }
+
+SHARED = ServerConfig(host="0.0.0.0", api_key="k", api_workers=4)
 
 
 def configured(environ: dict[str, str] | None = None, **given: object) -> SearchConfig:
@@ -73,7 +74,8 @@ def test_the_embeddings_server_is_the_one_of_lfm_index() -> None:
 
 
 def test_a_worker_gets_all_settings() -> None:
-    config = configured({"LFM_EXA_API_KEY": "e"}, providers="exa,local", fetch_allow=["10.0.0.0/8"], shows_paths=False)
+    config = configured({"LFM_EXA_API_KEY": "e"}, providers="exa,local", fetch_allow=["10.0.0.0/8"], server=SHARED)
+    assert (config.shows_paths, config.num_processes) == (False, 4)
     setup = WorkerSetup(
         config=ServerConfig(),
         search_config=config,

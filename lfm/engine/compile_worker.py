@@ -2,14 +2,16 @@
 
     python -m lfm.engine.compile_worker < job.json
 
-Which kernels that is, a dry run of the engine's own steps tells: the same in every worker, in the same order. Each
-takes the next that is in nobody's hands: it locks one byte of a file that all have open, and the system gives the byte
-back when the worker ends, however it ends. Everything it tells is a line of JSON on stdout.
+Which kernels that is, a dry run of the engine's own steps tells: the same in every worker, in the same order. One tells
+how many there are before it helps; the others compile what they meet on the way. Each takes the next that is in
+nobody's hands: it locks one byte of a file that all have open, and the system gives the byte back when the worker ends,
+however it ends. Everything it tells is a line of JSON on stdout.
 """
 
 import fcntl
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TextIO
 
@@ -64,15 +66,19 @@ class Broken(msgspec.Struct, frozen=True, tag="broken"):
 Line = Listed | Kernel | Broken
 
 
-def kernels_of(job: Job) -> tuple[list[Wanted], str]:
-    """The kernels that the job's steps take, in the order of their first use; and why there may be more, if so."""
+def kernels_of(job: Job, *, on_kernel: Callable[[Wanted], None] = lambda kernel: None) -> tuple[list[Wanted], str]:
+    """The kernels that the job's steps take, in the order of their first use; and why there may be more, if so.
+
+    `on_kernel` gets each as soon as a step asks for it.
+    """
     config = one_layer_of_each_kind(job.config)
     plan = replace(job.plan, device="meta", num_blocks=None)
     with torch.device("meta"):
         model = Lfm2(config).to(DTYPES[plan.dtype]).requires_grad_(False)
     model = pack(quantise(model) if plan.quantize == "fp8" else model)
     problem = ""
-    with collect_only(job.capability, from_text(job.tables)) as wanted, torch.inference_mode():
+    tables = from_text(job.tables)
+    with collect_only(job.capability, tables, on_wanted=on_kernel) as wanted, torch.inference_mode():
         try:
             runner = make_runner(model, plan, num_ids=config.vocab_size, ops=FAST)
             runner.enable_graphs()
@@ -100,25 +106,36 @@ def work(job: Job, output: TextIO) -> None:
         output.write(msgspec.json.encode(line).decode() + "\n")
         output.flush()
 
-    kernels, problem = kernels_of(job)
-    tell(Listed(len(kernels)))
-    if problem:
-        tell(Broken(problem))
+    tried: set[str] = set()
+
+    def help_with(kernel: Wanted) -> None:
+        name, key = kernel.source.name, kernel.key
+        if key in tried:
+            return
+        try:
+            if not kernel.is_cached:
+                if not _take(job.lock_fd, 1 + int(key[:12], 16)):
+                    return  # another one is at it, or was when it ended
+                tried.add(key)
+                compile_launcher(kernel.compile())
+            tried.add(key)
+            tell(Kernel(name, key))
+        except Exception as error:  # noqa: BLE001  (told; the engine will try again itself)
+            tell(Kernel(name, key, _in_words(error)))
+
     if _take(job.lock_fd, 0):
+        kernels, problem = kernels_of(job)
+        tell(Listed(len(kernels)))
+        if problem:
+            tell(Broken(problem))
         try:
             compile_launch_tools()
         except Exception as error:  # noqa: BLE001  (told; the engine will try again itself)
             tell(Broken(_in_words(error)))
+    else:
+        kernels, _ = kernels_of(job, on_kernel=help_with)
     for kernel in kernels:
-        name, key = kernel.source.name, kernel.key
-        try:
-            if not kernel.is_cached:
-                if not _take(job.lock_fd, 1 + int(key[:12], 16)):
-                    continue
-                compile_launcher(kernel.compile())
-            tell(Kernel(name, key))
-        except Exception as error:  # noqa: BLE001  (told; the engine will try again itself)
-            tell(Kernel(name, key, _in_words(error)))
+        help_with(kernel)
 
 
 def _take(lock_fd: int, index: int) -> bool:

@@ -8,7 +8,7 @@ made by Triton itself, from arguments whose shapes, strides and offsets from an 
 import functools
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -90,8 +90,13 @@ def compile_only(capability: int) -> Iterator[dict[str, list[Any]]]:
 
 
 @contextmanager
-def collect_only(capability: int, tables: Tuned) -> Iterator[dict[str, Wanted]]:
-    """As `compile_only`, with these tables of tiles, and nothing is compiled: yields what was asked for, by key."""
+def collect_only(
+    capability: int, tables: Tuned, *, on_wanted: Callable[[Wanted], None] = lambda wanted: None
+) -> Iterator[dict[str, Wanted]]:
+    """As `compile_only`, with these tables of tiles, and nothing is compiled: yields what was asked for, by key.
+
+    `on_wanted` gets each when it is first asked for; it may compile it.
+    """
     from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.runtime.cache import get_cache_key
     from triton.runtime.jit import JITFunction
@@ -115,6 +120,7 @@ def collect_only(capability: int, tables: Tuned) -> Iterator[dict[str, Wanted]]:
         wanted[digest] = Wanted(self.__name__, digest, source, target, options.__dict__)
         functions.append(self)
         known[key] = wanted[digest]  # asked for once
+        on_wanted(wanted[digest])
         return known[key]
 
     try:

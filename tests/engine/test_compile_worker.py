@@ -2,8 +2,9 @@
 
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -125,38 +126,78 @@ def test_one_layer_of_each_kind_is_kept() -> None:
     assert [config.is_moe_layer(i) for i in range(3)] == [False, True, True]
 
 
-def run_worker(monkeypatch: pytest.MonkeyPatch, kernels: list[Wanted], tmp_path_factory: pytest.TempPathFactory,
-               problem: str = "") -> list[Line]:  # fmt: skip
-    monkeypatch.setattr(compile_worker, "kernels_of", lambda job: (kernels, problem))
+def run_worker(
+    monkeypatch: pytest.MonkeyPatch, path: Path, kernels: list["FakeKernel"], *, taken: Sequence[str] = ()
+) -> list[Line]:
+    """What a worker tells. `taken`: keys that others have in their hands, "" for the list itself."""
+
+    def kernels_of(job: Job, on_kernel: Callable[[FakeKernel], None] = lambda kernel: None) -> object:
+        for kernel in kernels:
+            on_kernel(kernel)
+        return kernels, "half of it"
+
+    others = {1 + int(key[:12], 16) if key else 0 for key in taken}
+    take = compile_worker._take
+    monkeypatch.setattr(compile_worker, "kernels_of", kernels_of)
     monkeypatch.setattr(compile_worker, "compile_launch_tools", lambda: None)
     monkeypatch.setattr(compile_worker, "compile_launcher", lambda kernel: None)
+    monkeypatch.setattr(compile_worker, "_take", lambda fd, index: index not in others and take(fd, index))
     output = io.StringIO()
-    with (tmp_path_factory.mktemp("locks") / "locks").open("w+b") as locks:
+    with (path / "locks").open("w+b") as locks:
         compile_worker.work(msgspec.structs.replace(job_of(), lock_fd=locks.fileno()), output)
     return [msgspec.json.decode(line, type=Line) for line in output.getvalue().splitlines()]
 
 
 class FakeKernel:
-    def __init__(self, name: str, key: str, *, cached: bool = False, error: str = "") -> None:
-        self.name, self.key, self.is_cached, self._error = name, key * 32, cached, error
+    def __init__(self, name: str, *, is_cached: bool = False, error: str = "") -> None:
+        self.name, self.key, self.is_cached, self._error = name, name.encode().hex() * 32, is_cached, error
         self.source = self
-        self.was_compiled = False
+        self.num_compiled = 0
 
     def compile(self) -> None:
+        self.num_compiled += 1
         if self._error:
             raise RuntimeError(self._error)
-        self.was_compiled = True
+        self.is_cached = True
 
 
-def test_a_worker_compiles_what_is_missing_and_tells_of_what_fails(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.parametrize("is_lister", [True, False], ids=["lists", "helps"])
+def test_a_worker_compiles_once_what_is_missing_and_tells_of_what_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_lister: bool
 ) -> None:
-    kernels = [FakeKernel("a", "0a", cached=True), FakeKernel("b", "0b", error="no\n registers" * 500),
-               FakeKernel("c", "0c")]  # fmt: skip
-    lines = run_worker(monkeypatch, kernels, tmp_path_factory, problem="half of it")  # type: ignore[arg-type]
-    assert lines[:3] == [Listed(3), Broken("half of it"), Kernel("a", "0a" * 32)]
-    assert isinstance(lines[3], Kernel)
-    assert lines[3].error.startswith("RuntimeError: no registersno registers")
-    assert len(lines[3].error) <= 500
-    assert lines[4:] == [Kernel("c", "0c" * 32)]
-    assert [kernel.was_compiled for kernel in kernels] == [False, False, True]
+    kernels = [FakeKernel("a", is_cached=True), FakeKernel("b", error="no\n registers" * 500), FakeKernel("c")]
+    lines = run_worker(monkeypatch, tmp_path, kernels, taken=[] if is_lister else [""])
+    if is_lister:
+        assert lines[:2] == [Listed(3), Broken("half of it")]
+        lines = lines[2:]
+    assert lines[0] == Kernel("a", kernels[0].key)
+    assert isinstance(lines[1], Kernel)
+    assert lines[1].error.startswith("RuntimeError: no registersno registers")
+    assert len(lines[1].error) <= 500
+    assert lines[2:] == [Kernel("c", kernels[2].key)]
+    assert [kernel.num_compiled for kernel in kernels] == [0, 1, 1]
+
+
+def test_what_another_worker_has_in_its_hands_is_left_to_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kernels = [FakeKernel("a"), FakeKernel("b")]
+    lines = run_worker(monkeypatch, tmp_path, kernels, taken=["", kernels[0].key])
+    assert lines == [Kernel("b", kernels[1].key)]
+    assert kernels[0].num_compiled == 0
+
+
+def test_kernels_are_compiled_on_the_way_through_the_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Real compiling inside of a real dry run, stopped after two kernels, leaves what a launch looks for."""
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    compiled: list[Wanted] = []
+
+    def compile_two(kernel: Wanted) -> None:
+        if len(compiled) < 2:
+            kernel.compile()
+            compiled.append(kernel)
+
+    kernels, problem = kernels_of(job_of("tiny", max_running=2, step_tokens=64), on_kernel=compile_two)
+    assert problem == ""
+    assert [kernel.key for kernel in compiled] == [kernel.key for kernel in kernels[:2]]
+    assert [kernel.is_cached for kernel in kernels] == [True, True] + [False] * (len(kernels) - 2)

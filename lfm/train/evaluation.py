@@ -32,6 +32,7 @@ METRICS: dict[str, Metric] = {
     "loop": Metric(("loop",)),
     "JSON extraction": Metric(("extraction",)),
     "grounded answer": Metric(("grounded",)),
+    "search, then answer": Metric(("search",)),
     "about itself": Metric(("small_talk",)),
 }
 

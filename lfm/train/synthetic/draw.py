@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from lfm.train.synthetic.agreement import agree
 from lfm.train.synthetic.tables import (
     Split,
     cities,
@@ -118,8 +119,8 @@ def constants_of(template: str) -> dict[str, JsonValue]:
 
 
 def render(template: str, texts: Mapping[str, str]) -> str:
-    """Fill a template. Constants leave nothing behind."""
-    return _SLOT.sub(lambda match: "" if match[2] else texts[match[1]], template)
+    """Fill a template. Constants leave nothing behind, and endings agree with what now stands beside them."""
+    return agree(_SLOT.sub(lambda match: "" if match[2] else texts[match[1]], template))
 
 
 def _invented(draw: Draw) -> str:
@@ -216,9 +217,17 @@ def _translation(draw: Draw) -> str:
     return _message(Draw(draw.generator, other, draw.split))
 
 
+def latin_word(draw: Draw) -> str:
+    """A made-up word for names of tools, addresses and such, which hold no other letters than a to z."""
+    english = Draw(draw.generator, "en", draw.split)
+    while True:
+        word = _coined(english).lower()
+        if word.isascii() and word.isalpha():
+            return word
+
+
 def _email(draw: Draw) -> str:
-    user = _coined(Draw(draw.generator, "en", draw.split)).lower()
-    return f"{user}{draw.integer(1, 99) if draw.chance(0.3) else ''}@{draw.one(shared_words('domains'))}"
+    return f"{latin_word(draw)}{draw.integer(1, 99) if draw.chance(0.3) else ''}@{draw.one(shared_words('domains'))}"
 
 
 def _code(draw: Draw) -> str:
@@ -237,11 +246,18 @@ def _amount(draw: Draw) -> Value:
 
 def _expression(draw: Draw) -> Value:
     operation, x, y, _ = sum_of(draw)
-    expression = f"{x} {_SIGNS[operation]} {y}"
+    return expression_of(draw, _SIGNS[operation], x, y)
+
+
+def expression_of(draw: Draw, sign: str, x: int, y: int) -> Value:
+    """A sum as people write it, in words or in signs, and as a calculator takes it."""
+    expression = f"{x} {sign} {y}"
     if draw.chance(0.5):
+        operation = next(name for name, known in _SIGNS.items() if known == sign)
         return Value(render(draw.phrase(draw.table["sums"][operation]), {"x": str(x), "y": str(y)}), expression)
-    sign = _SIGNS[operation]
-    return Value(draw.one([expression, f"{x}{sign}{y}", expression]), expression)
+    written = {"*": ("*", "x", "\u00d7"), "/": ("/", "\u00f7"), "-": ("-",), "+": ("+",)}[sign]
+    spelled = draw.one(written)
+    return Value(draw.one([f"{x} {spelled} {y}", f"{x}{spelled}{y}"]), expression)
 
 
 def sum_of(draw: Draw) -> tuple[str, int, int, int]:
@@ -267,15 +283,16 @@ _KINDS: dict[str, Callable[[Draw], Value | JsonValue]] = {
     "days": lambda d: d.integer(2, 14),
     "email": lambda d: d.unseen(lambda: _email(d)),
     "expression": _expression,
+    "domain": lambda d: d.one(shared_words("domains")),
     "fee": lambda d: d.integer(4, 39),
     "flight": lambda d: d.unseen(lambda: f"{d.letters(_LETTERS, 2)} {d.integer(100, 9999)}"),
     "height": lambda d: d.integer(900, 7900),
     "language": _language,
     "length": lambda d: d.integer(60, 2900),
     "message": _message,
-    "minutes": lambda d: d.integer(1, 90),
+    "minutes": lambda d: d.integer(2, 90),
     "money": lambda d: d.integer(100, 999_999) / 100,
-    "nights": lambda d: d.integer(1, 14),
+    "nights": lambda d: d.integer(2, 14),
     "order": _code,
     "percent": lambda d: d.integer(1, 99),
     "person": _person,

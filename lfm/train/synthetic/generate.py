@@ -10,13 +10,16 @@ from lfm.errors import UsageError
 from lfm.train.examples import JSON_CALLS, CallForm, Conversation
 from lfm.train.recipe import SyntheticSettings
 from lfm.train.synthetic import scenarios
-from lfm.train.synthetic.documents import extraction, grounded
-from lfm.train.synthetic.draw import Draw
+from lfm.train.synthetic.documents import extraction
+from lfm.train.synthetic.draw import Draw, render, slots_of
+from lfm.train.synthetic.passages import grounded, searched
 from lfm.train.synthetic.scenarios import Episode, Expected
 from lfm.train.synthetic.tables import LANGUAGES, Split
-from lfm.train.synthetic.tools import Tool, any_intent, make_tool, wrapped
+from lfm.train.synthetic.tools import Tool, other_tool, wrapped
 
-Kind = Literal["single", "parallel", "no_tool", "missing", "loop", "arithmetic", "extraction", "grounded", "small_talk"]
+Kind = Literal[
+    "single", "parallel", "no_tool", "missing", "loop", "arithmetic", "extraction", "grounded", "search", "small_talk"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +32,24 @@ class Example:
     expected: tuple[Expected, ...]
 
 
+# Tools that could be meant by a question about the world, such as "who is ...?".
+_FORBIDDEN_TO_TALK = frozenset({"search", "contact", "translate"})
+
+
 def small_talk(draw: Draw) -> Episode:
-    """Something about the model itself, in words; no tool has to do with it."""
+    """Something about the model itself or the world, in words; no tool has to do with it."""
     topic = draw.table["self"][draw.one(list(draw.table["self"]))]
-    return Episode(
-        (scenarios.user(draw.phrase(topic["asks"])), scenarios.says(draw.phrase(topic["answers"]))),
-        (Expected("text"),),
-    )
+    template = draw.phrase(topic["asks"])
+    text = render(template, {slot: draw.value(slot).text for slot in slots_of(template)})
+    answer = scenarios.says(draw.phrase(topic["answers"]))
+    return Episode((scenarios.user(_typed(draw, text)), answer), (Expected("text"),), (), _FORBIDDEN_TO_TALK)
+
+
+def _typed(draw: Draw, text: str) -> str:
+    """As people type in a hurry: without a capital or the last sign."""
+    if draw.chance(0.25):
+        text = text[:1].lower() + text[1:]
+    return text.rstrip(_LAST_SIGNS) if draw.chance(0.25) else text
 
 
 _EPISODES: Mapping[Kind, Callable[[Draw], Episode]] = {
@@ -47,16 +61,29 @@ _EPISODES: Mapping[Kind, Callable[[Draw], Episode]] = {
     "arithmetic": scenarios.arithmetic,
     "extraction": extraction,
     "grounded": grounded,
+    "search": searched,
     "small_talk": small_talk,
 }
-_BEFORE = (scenarios.single, scenarios.parallel, scenarios.arithmetic, scenarios.missing, scenarios.loop, small_talk)
+_BEFORE = (
+    scenarios.single,
+    scenarios.parallel,
+    scenarios.arithmetic,
+    scenarios.missing,
+    scenarios.loop,
+    searched,
+    small_talk,
+)
+_WITHOUT_ANY_TOOL = (small_talk, small_talk, scenarios.toolless)
 KINDS: tuple[Kind, ...] = tuple(_EPISODES)
 _SHARES: Mapping[Kind, float] = {
-    "single": 0.20, "parallel": 0.14, "no_tool": 0.08, "missing": 0.11, "loop": 0.11, "arithmetic": 0.06,
-    "extraction": 0.13, "grounded": 0.13, "small_talk": 0.04,
+    "single": 0.12, "parallel": 0.13, "no_tool": 0.09, "missing": 0.08, "loop": 0.11, "arithmetic": 0.04,
+    "extraction": 0.13, "grounded": 0.12, "search": 0.08, "small_talk": 0.10,
 }  # fmt: skip
 _WITHOUT_TOOLS = ("extraction", "grounded")
+_LANGUAGE_WEIGHTS = {"en": 1.4}  # most is asked of it
+_LAST_SIGNS = "!?. \u3002\uff01\uff1f\u061f"
 _MAX_OTHER_TOOLS = 6
+_BARE = 0.6  # of small talk: no tools at all, as in a plain chat
 # How likely one more episode is, and how many there are at most. Most tokens of a conversation are its list of tools,
 # so training gets more out of long ones.
 _MORE: Mapping[Split, tuple[float, int]] = {"train": (0.55, 5), "test": (0.25, 3)}
@@ -69,8 +96,9 @@ def conversations(settings: SyntheticSettings, *, shard: int) -> Iterator[Conver
         raise UsageError(f"data.synthetic.languages names {unknown[0]!r}. Allowed: {', '.join(LANGUAGES)}.")
     count = settings.conversations // settings.shards + (shard < settings.conversations % settings.shards)
     generator = random.Random(f"{settings.seed}/train/{shard}")
+    weights = [_LANGUAGE_WEIGHTS.get(language, 1.0) for language in languages]
     for _ in range(count):
-        language = languages[int(generator.random() * len(languages))]
+        (language,) = generator.choices(languages, weights=weights)
         (kind,) = generator.choices(KINDS, weights=[_SHARES[kind] for kind in KINDS])
         yield make_example(Draw(generator, language, "train"), kind).conversation
 
@@ -84,17 +112,18 @@ def examples(kind: Kind, language: str, *, split: Split, count: int, seed: int =
 
 def make_example(draw: Draw, kind: Kind) -> Example:
     """One conversation. The last episode is of the kind that is asked for; shorter ones may come before it."""
-    episodes = [_EPISODES[kind](draw)]
+    is_bare = kind == "small_talk" and draw.chance(_BARE)
+    episodes = [draw.one(_WITHOUT_ANY_TOOL)(draw) if is_bare else _EPISODES[kind](draw)]
     chance, most = _MORE[draw.split]
     if kind == "extraction" and draw.split == "train":
         while draw.chance(chance) and len(episodes) < most:
             episodes.append(extraction(draw))
     if kind not in _WITHOUT_TOOLS:
         while draw.chance(chance) and len(episodes) < most:
-            episodes.insert(0, draw.one(_BEFORE)(draw))
+            episodes.insert(0, draw.one(_WITHOUT_ANY_TOOL if is_bare else _BEFORE)(draw))
         if not _fit_together(episodes):
             return make_example(draw, kind)
-    tools = [] if kind in _WITHOUT_TOOLS else _tools_for(draw, episodes)
+    tools = [] if is_bare or kind in _WITHOUT_TOOLS else _tools_for(draw, episodes)
     form: CallForm = "json" if tools and draw.chance(0.15) else "python"
     system = _system(draw, kind, form)
     messages = tuple(message for episode in episodes for message in episode.messages)
@@ -122,7 +151,7 @@ def _tools_for(draw: Draw, episodes: Sequence[Episode]) -> list[Tool]:
     names = {tool.name for tool in tools}
     wanted = draw.integer(len(tools), len(tools) + _MAX_OTHER_TOOLS) or 1
     while len(tools) < wanted:
-        tool = make_tool(draw, any_intent(draw))
+        tool = other_tool(draw)
         if tool.intent.key not in taken and tool.name not in names:
             tools.append(tool)
             taken.add(tool.intent.key)
@@ -136,4 +165,4 @@ def _system(draw: Draw, kind: Kind, form: CallForm) -> str:
     parts = [draw.phrase(draw.table["systems"])] if draw.chance(0.4) else []
     if form == "json":
         parts.append(JSON_CALLS)
-    return " ".join(parts)
+    return draw.one((" ", "\n")).join(parts)

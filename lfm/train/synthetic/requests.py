@@ -1,6 +1,6 @@
 """What a user asks for: a sentence in one language, and the tool call that it means."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lfm.chat.messages import ToolCall
@@ -28,20 +28,20 @@ class Request:
         return {slot: value.text for slot, value in self.values.items()}
 
 
-def full_request(draw: Draw, intent: Intent) -> Request:
-    """A request that names everything that the tool needs."""
+def full_request(draw: Draw, intent: Intent, given: Mapping[str, Value] | None = None) -> Request:
+    """A request that names everything that the tool needs. `given`: values that are not drawn."""
     phrases = intent.phrases(draw.language)
     if "free" in phrases and draw.chance(0.35):
         template = draw.phrase(phrases["free"])
     else:
         action = draw.phrase(phrases["vp"])
         template = draw.one(_frames(draw, action)).replace("{vp}", action)
-    return _request(draw, intent, template)
+    return _request(draw, intent, template, given or {})
 
 
 def bare_request(draw: Draw, intent: Intent) -> Request:
     """A request that leaves out at least one thing that the tool needs."""
-    request = _request(draw, intent, draw.phrase(intent.phrases(draw.language)["bare"]))
+    request = _request(draw, intent, draw.phrase(intent.phrases(draw.language)["bare"]), {})
     assert request.missing, f"{draw.language} {intent.name}: a bare request names everything"
     return request
 
@@ -55,19 +55,19 @@ def _frames(draw: Draw, action: str) -> list[str]:
     return frames + part_of(draw.table["wishes"], draw.split)
 
 
-def _request(draw: Draw, intent: Intent, template: str) -> Request:
+def _request(draw: Draw, intent: Intent, template: str, given: Mapping[str, Value]) -> Request:
     constants = constants_of(template)
     named = [slot for slot in slots_of(template) if slot not in ("a_noun", "the_noun")]
     slots = dict.fromkeys([*intent.required, *named])
-    values = {slot: draw.value(slot) for slot in slots if slot not in constants}
+    values = {slot: given.get(slot) or draw.value(slot) for slot in slots if slot not in constants}
     # Two values of one kind in a sentence are never the same: a city to itself, a currency into itself.
     if len({value.text for value in values.values()}) < len(values):
-        return _request(draw, intent, template)
+        return _request(draw, intent, template, given)
     data = {slot: value.data for slot, value in values.items()} | constants
     missing = tuple(slot for slot in intent.required if slot not in named)
     texts = {slot: value.text for slot, value in values.items()} | _nouns(draw, intent)
     tool = make_tool(draw, intent, used=named)
-    return Request(tool, _polite(draw, render(template, texts)), values, data, missing)
+    return Request(tool, polite(draw, render(template, texts)), values, data, missing)
 
 
 def _nouns(draw: Draw, intent: Intent) -> dict[str, str]:
@@ -77,7 +77,8 @@ def _nouns(draw: Draw, intent: Intent) -> dict[str, str]:
     return {"a_noun": indefinite, "the_noun": definite or indefinite}
 
 
-def _polite(draw: Draw, text: str) -> str:
+def polite(draw: Draw, text: str) -> str:
+    """The text, now and then with a greeting before it or thanks behind it."""
     if draw.chance(0.2):
         text = draw.phrase(draw.table["openers"]) + text
     if draw.chance(0.15):
@@ -98,9 +99,13 @@ def joined(draw: Draw, texts: list[str]) -> str:
 
 def answer_to(draw: Draw, request: Request, results: Mapping[str, JsonValue]) -> tuple[str, tuple[str, ...]]:
     """The assistant's sentence about a tool's results, and the results that it has to name."""
-    template = draw.phrase(request.tool.intent.phrases(draw.language)["answer"])
+    templates = request.tool.intent.phrases(draw.language)["answer"]
     texts = {name: str(value) for name, value in results.items()}
     # What the user said wins over a result of the same name, as in "it is {time} in {city}", where only one is given.
-    used = slots_of(template)
-    facts = tuple(texts[slot] for slot in used if slot in texts and slot not in request.values)
-    return render(template, texts | request.texts), facts
+    facts = tuple(texts[slot] for slot in needed_in(templates) if slot in texts and slot not in request.values)
+    return render(draw.phrase(templates), texts | request.texts), facts
+
+
+def needed_in(templates: Sequence[str]) -> list[str]:
+    """The slots that all templates name: an answer without the others is right, too."""
+    return [slot for slot in slots_of(templates[0]) if all(slot in slots_of(other) for other in templates)]

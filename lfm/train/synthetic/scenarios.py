@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lfm.chat.messages import Message, ToolCall
-from lfm.train.synthetic.draw import Draw, JsonValue, Value, render
-from lfm.train.synthetic.requests import Request, answer_to, bare_request, full_request, joined
+from lfm.train.synthetic.draw import Draw, JsonValue, Value, expression_of, render
+from lfm.train.synthetic.requests import Request, answer_to, bare_request, full_request, joined, needed_in, polite
 from lfm.train.synthetic.tools import (
     Intent,
     Tool,
     any_intent,
+    compute,
+    foreign_result,
     intent_named,
     make_tool,
     result_of,
@@ -41,6 +43,18 @@ class Episode:
     expected: tuple[Expected, ...]
     tools: tuple[Tool, ...] = ()
     forbidden: frozenset[str] = frozenset()  # keys of intents whose tools would change what is right
+
+
+# Tools about the same things that do something else.
+_NEIGHBOURS = {
+    "weather": ("clock",), "clock": ("weather",), "stock": ("currency",), "currency": ("stock",),
+    "track": ("order", "refund"), "order": ("track", "refund"), "restaurant": ("hotel",), "hotel": ("restaurant",),
+    "flights": ("hotel", "book_flight"), "light": ("music",), "music": ("light",), "translate": ("message",),
+}  # fmt: skip
+# What the model answers without a calculator: (sign, largest first number, largest second number).
+_EASY = {"+": (20, 20), "-": (20, 20), "*": (10, 10), "/": (100, 10)}
+
+_FOREIGN_RESULTS = 0.15
 
 
 def user(text: str) -> Message:
@@ -90,10 +104,47 @@ def parallel(draw: Draw) -> Episode:
 def no_tool(draw: Draw) -> Episode:
     """A request that none of the tools serves, though some may look like it."""
     request = full_request(draw, any_intent(draw))
+    if is_easy(request):
+        return no_tool(draw)
     forbidden = {request.tool.intent.key, "search"}
     near = [make_tool(draw, intent) for intent in _near(draw, request.tool.intent)]
     reply = draw.phrase(draw.table["no_tool"])
     return Episode((user(request.text), says(reply)), (Expected("text"),), tuple(near), frozenset(forbidden))
+
+
+def toolless(draw: Draw) -> Episode:
+    """A request for which a tool would be needed, and none is there; a small sum is answered."""
+    if draw.chance(0.5):
+        return _easy_sum(draw)
+    request = full_request(draw, any_intent(draw))
+    if is_easy(request):
+        return toolless(draw)
+    return Episode((user(request.text), says(draw.phrase(draw.table["no_tool"]))), (Expected("text"),))
+
+
+def is_easy(request: Request) -> bool:
+    """Whether this is a sum that needs no calculator."""
+    if request.tool.intent.name != "calculator":
+        return False
+    x, sign, y = str(request.data["expression"]).split()
+    return int(x) <= _EASY[sign][0] and int(y) <= _EASY[sign][1]
+
+
+def _easy_sum(draw: Draw) -> Episode:
+    sign = draw.one(list(_EASY))
+    x, y = draw.integer(1, 10 if sign in "*/" else 20), draw.integer(1, 10 if sign in "*/" else 20)
+    if sign == "/":
+        x *= y
+    if sign == "-" and x < y:
+        x, y = y, x
+    expression = expression_of(draw, sign, x, y)
+    phrases = intent_named("calculator").phrases(draw.language)
+    text = render(draw.phrase(phrases["free"]), {"expression": expression.text})
+    result = str(compute(str(expression.data)))
+    if draw.chance(0.2):
+        text = expression.text
+    answer = render(draw.phrase(phrases["answer"]), {"result": result})
+    return Episode((user(polite(draw, text)), says(answer)), (Expected("text", (result,)),))
 
 
 def missing(draw: Draw) -> Episode:
@@ -118,6 +169,10 @@ def loop(draw: Draw) -> Episode:
 def _called(draw: Draw, text: str, requests: Sequence[Request]) -> Episode:
     tools = tuple({request.tool.intent.key: request.tool for request in requests}.values())
     messages = [user(text), calls(*(request.call for request in requests))]
+    if len(requests) == 1 and draw.chance(_FOREIGN_RESULTS):
+        result, sentence, facts_of_it = foreign_result(draw)
+        expected = (Expected("calls"), Expected("text", facts_of_it))
+        return Episode((*messages, returned(result), says(sentence)), expected, tools)
     sentences: list[str] = []
     facts: list[str] = []
     for request in requests:
@@ -140,7 +195,7 @@ def _with_tool(request: Request, other: Request) -> Request | None:
 def _near(draw: Draw, intent: Intent) -> list[Intent]:
     """Intents that are easily taken for this one: another thing, or another thing to do with it."""
     if intent.noun is None:
-        return []
+        return [intent_named(name) for name in _NEIGHBOURS.get(intent.name, ()) if draw.chance(0.6)]
     verbs = [verb for verb in draw.table["verbs"] if verb != intent.name]
     nouns = [noun for noun in draw.table["nouns"] if noun != intent.noun]
     return [verb_intent(draw.one(verbs), intent.noun), verb_intent(intent.name, draw.one(nouns))]
@@ -168,7 +223,7 @@ def _chain(draw: Draw, name: str, steps: Sequence[tuple[str, Mapping[str, str]]]
     known["flight"] = known.get("flight_number")
     template = draw.phrase(spec["answer"])
     answer = render(template, {name: str(value) for name, value in known.items()} | texts)
-    results_named = [str(known[name]) for name in known if name not in texts and f"{{{name}}}" in template]
+    results_named = [str(known[name]) for name in needed_in(spec["answer"]) if name not in texts]
     messages.append(says(answer))
     expected = (*(Expected("calls") for _ in steps), Expected("text", tuple(results_named)))
     return Episode(tuple(messages), expected, tuple(tools))

@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lfm.train.synthetic.draw import Draw, JsonValue
+from lfm.train.synthetic.draw import Draw, JsonValue, latin_word
 from lfm.train.synthetic.tables import language_table, shared_words, world
 
 _OPAQUE_NAMES = 0.12  # names that say nothing: then only the description tells what the tool does
 _VENDOR_NAMES = 0.1
+_SERVED = 0.4  # of the search tools that nobody asks for
+_INSIDE_LOOPS = 0.08  # of the tools that nobody asks for directly
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +89,29 @@ def make_tool(draw: Draw, intent: Intent, used: Sequence[str] = ()) -> Tool:
     return Tool(intent, name, parameters, definition)
 
 
+def served_tool(name: str) -> Tool:
+    """A tool that the service runs itself, as it shows it to the model."""
+    description = world()["served"][name]
+    query = {"type": "string", "minLength": 1, "maxLength": 300, "description": "What to look for."}
+    schema = {"type": "object", "properties": {"query": query}, "required": ["query"]}
+    definition: dict[str, object] = {"name": name, "description": description, "parameters": schema}
+    return Tool(intent_named("search"), name, {"query": "query"}, definition)
+
+
+def other_tool(draw: Draw) -> Tool:
+    """One that may stand beside those that a conversation needs."""
+    if draw.chance(_INSIDE_LOOPS):
+        return make_tool(draw, intent_named(draw.one(("book_flight", "refund"))))
+    intent = any_intent(draw)
+    if intent.name == "search" and draw.chance(_SERVED):
+        return served_tool(draw.one(("web_search", "file_search")))
+    return make_tool(draw, intent)
+
+
 def wrapped(draw: Draw, tools: Sequence[Tool]) -> tuple[Mapping[str, object], ...]:
     """The definitions, plain or all of them in OpenAI's envelope, in any order."""
     definitions = [tool.definition for tool in draw.shuffled(tools)]
-    if draw.chance(0.3):
+    if draw.chance(0.15):
         return tuple({"type": "function", "function": definition} for definition in definitions)
     return tuple(definitions)
 
@@ -108,6 +129,32 @@ def result_text(draw: Draw, results: Mapping[str, JsonValue]) -> str:
     return json.dumps(shown | dict(results), ensure_ascii=False)
 
 
+def foreign_result(draw: Draw) -> tuple[str, str, tuple[str, ...]]:
+    """A result in a form of its own: what a tool returns, the answer, and what that has to say.
+
+    A text is passed on as it is. Of an object whose names mean nothing to us, every name and value is told.
+    """
+    if draw.chance(0.6):
+        text = draw.one((_reading, lambda draw: str(draw.value("message").data), _reading))(draw)
+        return text, text, (text,)
+    fields: dict[str, JsonValue] = {}
+    for _ in range(draw.integer(1, 3)):
+        fields[_field_name(draw)] = draw.one((draw.value("amount"), draw.value("coined"), draw.value("count"))).data
+    told = ", ".join(f"{name}: {value}" for name, value in fields.items())
+    return json.dumps(fields, ensure_ascii=False), f"{told}.", tuple(str(value) for value in fields.values())
+
+
+def _reading(draw: Draw) -> str:
+    """Something like "Sunny, 18 °C"."""
+    unit = draw.one((" °C", "°", " %", " kg", " km/h", " EUR", ""))
+    parts = [str(draw.value(draw.one(("title", "coined"))).data), f"{draw.value('temperature').text}{unit}"]
+    return draw.one((", ", ": ", " - ")).join(parts if draw.chance(0.6) else reversed(parts))
+
+
+def _field_name(draw: Draw) -> str:
+    return "_".join(latin_word(draw) for _ in range(draw.integer(1, 2)))
+
+
 def compute(expression: str) -> int | float:
     """The value of "x op y"."""
     left, sign, right = expression.split()
@@ -119,8 +166,7 @@ def compute(expression: str) -> int | float:
 
 def _name(draw: Draw, intent: Intent) -> str:
     if draw.chance(_OPAQUE_NAMES):
-        english = Draw(draw.generator, "en", draw.split)
-        return draw.unseen(lambda: f"{english.value('coined').text.lower()}_{draw.integer(1, 99)}")
+        return draw.unseen(lambda: f"{latin_word(draw)}_{draw.integer(1, 99)}")
     name = draw.phrase(intent.spec["names"]).replace("{noun}", intent.noun or "")
     style = draw.generator.random()
     if style < 0.2:
@@ -134,7 +180,7 @@ def _name(draw: Draw, intent: Intent) -> str:
 def _property(draw: Draw, slot: str) -> dict[str, object]:
     spec = world()["slots"][slot]
     schema: dict[str, object] = {"type": spec["type"]}
-    if draw.chance(0.8):
+    if spec.get("told") or draw.chance(0.8):  # what decides how a value is written is always told
         schema["description"] = draw.phrase(spec["descriptions"])
     if "enum" in spec:
         schema["enum"] = spec["enum"]

@@ -23,6 +23,9 @@ from lfm.kernels.paged_tiles import LOG2_E, key_offsets, softmax_step
 from lfm.kernels.triton_guard import TensorDescriptor, has_dependent_launch, tl, triton
 
 ROWS_AT_ONCE = 128  # row starts that a program compares with its own at a time
+# At head_dim 64 a score costs the unit for exponentials as many cycles as the matrix units. One column in so many (2 or
+# 4; 0: none) has its exponential made of multiplications instead. Not measured yet.
+FMA_SHARE = 0
 
 
 class Tiling(NamedTuple):
@@ -65,7 +68,7 @@ def _row_of_tile(row_starts_S1, num_rows, tile, TOKENS: tl.constexpr, CHUNK: tl.
 def _attend_tile(
     q, k_NGBK, v_NGBK, k_bytes, v_bytes, table, block, n, end, g, positions, acc, largest, total, scale,
     G: tl.constexpr, K: tl.constexpr, B: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, COPIES: tl.constexpr,
-    IS_MASKED: tl.constexpr,
+    FMA_SHARE: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the keys from n on. IS_MASKED: those after a query, and from `end` on, which may be NaN, are hidden."""
     dims, keys = tl.arange(0, K), n + tl.arange(0, TILE)
@@ -80,7 +83,7 @@ def _attend_tile(
         s *= scale_of(tl.load(k_bytes + scale_offsets))[None, :]
     if IS_MASKED:
         s = tl.where(keys[None, :] <= positions[:, None], s, float("-inf"))
-    p, shrink, largest, total = softmax_step(s, largest, total, scale)
+    p, shrink, largest, total = softmax_step(s, largest, total, scale, FMA_SHARE)
     if COPIES:
         v = v_NGBK.load([first, 0])
     else:
@@ -99,7 +102,7 @@ def _prefill_kernel(
     num_rows, scale,
     G: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
     TOKENS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, COPIES: tl.constexpr, SKIP_SINGLE: tl.constexpr,
-    PDL: tl.constexpr,
+    FMA_SHARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q [T, H, K] against K and V [blocks, G, R, K] (COPIES: descriptors of [blocks G R, K]) -> o [T, H, K].
 
@@ -134,16 +137,14 @@ def _prefill_kernel(
         next_block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
         acc, largest, total = _attend_tile(
             q, k_NGBK, v_NGBK, k_bytes, v_bytes, table, block, n, end, g, positions, acc, largest, total, scale,
-            G, K, B, R, TILE, COPIES,
-            False,
+            G, K, B, R, TILE, COPIES, FMA_SHARE, False,
         )  # fmt: skip
         block = next_block
     for n in range(unmasked, end, TILE):
         next_block = tl.load(table + tl.minimum(n + TILE, end - 1) // B)
         acc, largest, total = _attend_tile(
             q, k_NGBK, v_NGBK, k_bytes, v_bytes, table, block, n, end, g, positions, acc, largest, total, scale,
-            G, K, B, R, TILE, COPIES,
-            True,
+            G, K, B, R, TILE, COPIES, 0, True,
         )  # fmt: skip
         block = next_block
     acc = acc / total[:, None]
@@ -172,6 +173,6 @@ def prefill_rows(
         o_THK, q_THK.stride(0), batch.block_tables_SN.stride(0), num_rows, head_dim**-0.5 * LOG2_E,
         G=num_groups, GROUP=group, PADDED=padded, K=head_dim, B=block_size, R=rows_per_block, TOKENS=tokens,
         TILE=tiling.keys,
-        CHUNK=ROWS_AT_ONCE, COPIES=copies, SKIP_SINGLE=skip_single, PDL=is_hopper,
+        CHUNK=ROWS_AT_ONCE, COPIES=copies, SKIP_SINGLE=skip_single, FMA_SHARE=FMA_SHARE, PDL=is_hopper,
         num_warps=tiling.warps, num_stages=tiling.stages, maxnreg=tiling.registers, launch_pdl=is_hopper,
     )  # fmt: skip

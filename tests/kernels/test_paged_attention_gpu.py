@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lfm.kernels import attention, paged_decode
+from lfm.kernels import attention, paged_decode, paged_prefill
 from lfm.kernels.attention import attend, attend_ref, qkv, qkv_ref, rope_tables
 from lfm.kernels.forward_batch import ForwardBatch, SharedPrefix
 from lfm.kernels.weights import Linear, Norm
@@ -81,6 +81,15 @@ def test_chunks_and_single_queries_share_a_step(shape: tuple[int, int, int, int]
 @pytest.mark.parametrize("start", [0, 1, 1311])
 def test_one_chunk(start: int, size: int) -> None:
     check([(start, size)], SHAPES[0])
+
+
+@pytest.mark.parametrize("share", [2, 4])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_exponentials_made_of_multiplications(
+    share: int, shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_prefill, "FMA_SHARE", share)
+    check([(0, 1), (2000, 1), (0, 777), (1000, 130), (129, 2), (1311, 2000)], shape)
 
 
 def test_many_short_chunks() -> None:

@@ -84,7 +84,12 @@ class CompileAhead:
 
     def _start(self, job: Job, command: Sequence[str], num_workers: int) -> None:
         """Start the processes; those that cannot be started are done without."""
-        read_fd, write_fd = os.pipe()
+        try:
+            read_fd, write_fd = os.pipe()
+        except OSError as error:
+            logger.warning("nothing is compiled ahead: %s", error)
+            self._is_over = True
+            return
         threading.Thread(target=self._read, args=(read_fd,), name="lfm-compile", daemon=True).start()
         # They see no GPU, import what this process imports, and nothing from the working directory besides.
         paths = os.pathsep.join(map(os.path.abspath, sys.path))

@@ -131,14 +131,10 @@ def collect_only(
             function.device_caches.pop(COLLECTING, None)
 
 
-@contextmanager
-def _as_on(capability: int, device: int, tables: Tuned, methods: dict[str, Any]) -> Iterator[None]:
-    """Ops' questions and Triton's are answered as on a GPU of this capability, and JITFunction has these methods."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
+def answers_of(capability: int) -> dict[str, Callable[[Any], Any]]:
+    """What functions in `lfm.kernels` that ask the device say on a GPU of this capability, by their names."""
     is_hopper = capability >= 90
-    answers = {
+    return {
         "runs_triton": lambda x: True,
         "has_dependent_launch": lambda device: is_hopper,
         "has_copy_engine": lambda device: is_hopper,
@@ -146,6 +142,15 @@ def _as_on(capability: int, device: int, tables: Tuned, methods: dict[str, Any])
         "has_warp_group_products": lambda device: capability // 10 == 9,
         "num_multiprocessors": lambda device: 132,  # a grid's size, which is compiled into nothing
     }
+
+
+@contextmanager
+def _as_on(capability: int, device: int, tables: Tuned, methods: dict[str, Any]) -> Iterator[None]:
+    """Ops' questions and Triton's are answered as on a GPU of this capability, and JITFunction has these methods."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    answers = answers_of(capability)
     changed = [(JITFunction, name, getattr(JITFunction, name), method) for name, method in methods.items()]
     for name, module in list(sys.modules.items()):
         if name.startswith("lfm.kernels.") and module is not triton_guard:

@@ -1,11 +1,12 @@
 """Which kernels ops would take on a GPU, and under which keys a launch there will look for them."""
 
+import ast
 from pathlib import Path
 
 import pytest
 import torch
 
-from lfm.kernels.dry_run import Wanted, collect_only, compile_only, is_cached
+from lfm.kernels.dry_run import Wanted, answers_of, collect_only, compile_only, is_cached
 from lfm.kernels.norm import rms_norm
 from lfm.kernels.tuned import FOLDER, Tuned, read_tables
 from lfm.kernels.weights import Norm
@@ -100,3 +101,15 @@ def test_ops_and_triton_are_as_before_after_a_dry_run() -> None:
         norm.runs_triton,
         moe_prefill.has_prefill_kernels,
     )
+
+
+def test_every_question_that_ops_ask_of_a_gpu_is_answered() -> None:
+    """One that is not is answered for a tensor without storage, and a dry run would take other kernels than a GPU."""
+    elsewhere = {"_tables_of"}  # of tiles: given to the dry run
+    asking = set()
+    for path in FOLDER.parent.glob("*.py"):
+        if path.stem not in ("dry_run", "tune", "tune_calls", "tune_compile"):
+            functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+            asking |= {function.name for function in functions if "torch.cuda." in ast.unparse(function)}
+    assert "has_dependent_launch" in asking
+    assert asking - elsewhere <= answers_of(90).keys()

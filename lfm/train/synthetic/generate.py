@@ -12,7 +12,7 @@ from lfm.train.recipe import SyntheticSettings
 from lfm.train.synthetic import scenarios
 from lfm.train.synthetic.documents import extraction
 from lfm.train.synthetic.draw import Draw, render, slots_of
-from lfm.train.synthetic.passages import grounded, searched
+from lfm.train.synthetic.passages import fact_question, grounded, searched
 from lfm.train.synthetic.scenarios import Episode, Expected
 from lfm.train.synthetic.tables import LANGUAGES, Split
 from lfm.train.synthetic.tools import Tool, other_tool, wrapped
@@ -38,11 +38,16 @@ _FORBIDDEN_TO_TALK = frozenset({"search", "contact", "translate"})
 
 def small_talk(draw: Draw) -> Episode:
     """Something about the model itself or the world, in words; no tool has to do with it."""
-    topic = draw.table["self"][draw.one(list(draw.table["self"]))]
-    template = draw.phrase(topic["asks"])
-    text = render(template, {slot: draw.value(slot).text for slot in slots_of(template)})
+    name = draw.one(list(draw.table["self"]))
+    topic = draw.table["self"][name]
+    text = fact_question(draw) if name == "unknown" and draw.chance(0.4) else _filled(draw, topic["asks"])
     answer = scenarios.says(draw.phrase(topic["answers"]))
     return Episode((scenarios.user(_typed(draw, text)), answer), (Expected("text"),), (), _FORBIDDEN_TO_TALK)
+
+
+def _filled(draw: Draw, phrases: Sequence[str]) -> str:
+    template = draw.phrase(phrases)
+    return render(template, {slot: draw.value(slot).text for slot in slots_of(template)})
 
 
 def _typed(draw: Draw, text: str) -> str:

@@ -95,6 +95,12 @@ def _open_question(draw: Draw) -> str:
     return render(template, {slot: draw.value(slot).text for slot in slots_of(template)})
 
 
+def fact_question(draw: Draw) -> str:
+    """A question that passages would answer, without any."""
+    attribute, name = _unsaid(draw, set())
+    return render(draw.phrase(draw.table["grounded"][attribute]["asks"]), {"name": name})
+
+
 def _make_passages(draw: Draw, most: int) -> _Passages:
     table, facts, made = draw.table["grounded"], world()["facts"], _Passages()
     for _ in range(draw.integer(2, most)):

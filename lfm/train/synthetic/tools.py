@@ -85,8 +85,19 @@ def make_tool(draw: Draw, intent: Intent, used: Sequence[str] = ()) -> Tool:
         "properties": {parameters[slot]: _property(draw, slot) for slot in slots},
         "required": [parameters[slot] for slot in slots if slot in spec["required"]],
     }
+    if draw.chance(0.3):
+        schema = _as_our_agent_writes(schema)
     definition: dict[str, object] = {"name": name, "description": description, "parameters": schema}
     return Tool(intent, name, parameters, definition)
+
+
+def _as_our_agent_writes(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema that `lfm.agent` makes of a function with these parameters: keys by name, defaults, nothing else."""
+    properties = {}
+    for name, spec in schema["properties"].items():
+        default = {} if name in schema["required"] else {"default": spec["enum"][0] if "enum" in spec else 1}
+        properties[name] = dict(sorted((spec | default).items()))
+    return dict(sorted((schema | {"properties": properties, "additionalProperties": False}).items()))
 
 
 def served_tool(name: str) -> Tool:
@@ -126,7 +137,8 @@ def result_of(draw: Draw, tool: Tool, data: Mapping[str, JsonValue]) -> dict[str
 def result_text(draw: Draw, results: Mapping[str, JsonValue]) -> str:
     """A tool's answer as the JSON text of a tool message."""
     shown: dict[str, JsonValue] = {"status": "ok"} if draw.chance(0.3) else {}
-    return json.dumps(shown | dict(results), ensure_ascii=False)
+    separators = (",", ":") if draw.chance(0.4) else None  # as the agent writes, or as most programs do
+    return json.dumps(shown | dict(results), ensure_ascii=False, separators=separators)
 
 
 def foreign_result(draw: Draw) -> tuple[str, str, tuple[str, ...]]:
@@ -141,7 +153,7 @@ def foreign_result(draw: Draw) -> tuple[str, str, tuple[str, ...]]:
     for _ in range(draw.integer(1, 3)):
         fields[_field_name(draw)] = draw.one((draw.value("amount"), draw.value("coined"), draw.value("count"))).data
     told = ", ".join(f"{name}: {value}" for name, value in fields.items())
-    return json.dumps(fields, ensure_ascii=False), f"{told}.", tuple(str(value) for value in fields.values())
+    return result_text(draw, fields), f"{told}.", tuple(str(value) for value in fields.values())
 
 
 def _reading(draw: Draw) -> str:

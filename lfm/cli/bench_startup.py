@@ -17,7 +17,7 @@ def startup(
     commit: Annotated[str | None, flag("commit", "What to write as the commit where git cannot tell it.")] = None,
     debug: options.DebugFlag = False,
 ) -> None:
-    """Measure how long `lfm serve` takes until it is ready, a first request has its first token and graphs are captured.
+    """Measure how long `lfm serve` takes until it is ready, has sent a first token, and has captured its graphs.
 
     It is started twice, with an empty folder for compiled kernels and then with what the first start left there.
     Prints what the server told of its start, and when, then the results as JSON. Other flags of the server are taken

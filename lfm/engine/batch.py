@@ -3,8 +3,10 @@
 Legend: T tokens, S rows of the batch, N blocks of a row, W tail writes. "Device row" is a sequence's row for life.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -41,19 +43,24 @@ class Sizes(NamedTuple):
         ends: list[int] = [where.stop for where in self.slices().values()]
         return max(ends)
 
-    def slices(self) -> dict[str, slice]:
+    def slices(self) -> Mapping[str, slice]:
         """Where each field lies in a buffer of `num_ints`; `row_starts` has one entry more than rows.
 
         Fields begin at multiples of 16 bytes, whatever the sizes: kernels are compiled for pointers that do, and again
         for those that do not.
         """
-        widths = [(name, self.tokens) for name in TOKEN_FIELDS] + [(name, self.rows) for name in ROW_FIELDS]
-        widths += [(name, self.writes) for name in WRITE_FIELDS] + [("row_starts", self.rows + 1)]
-        found, begin = {}, 0
-        for name, width in widths:
-            found[name] = slice(begin, begin + width)
-            begin += width + width % ALIGNED_INTS
-        return found
+        return _slices_of(self)
+
+
+@lru_cache(maxsize=256)  # 10 us, twice a step
+def _slices_of(sizes: Sizes) -> Mapping[str, slice]:
+    widths = [(name, sizes.tokens) for name in TOKEN_FIELDS] + [(name, sizes.rows) for name in ROW_FIELDS]
+    widths += [(name, sizes.writes) for name in WRITE_FIELDS] + [("row_starts", sizes.rows + 1)]
+    found, begin = {}, 0
+    for name, width in widths:
+        found[name] = slice(begin, begin + width)
+        begin += width + width % ALIGNED_INTS
+    return MappingProxyType(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,15 +136,21 @@ class BatchBuilder:
         """
         rows = batch.rows
         starts, device_rows = starts_of(rows), device_rows_of(rows)
-        sizes = np.fromiter((row.end - row.start for row in rows), dtype=np.int64, count=len(rows))
-        row_starts = np.concatenate(([0], np.cumsum(sizes)))
-        rows_of_tokens = np.repeat(np.arange(len(rows)), sizes)
-        positions = np.arange(row_starts[-1]) - np.repeat(row_starts[:-1] - starts, sizes)
+        if batch.num_single == len(rows):  # one token and one sample each
+            row_starts = np.arange(len(rows) + 1)
+            rows_of_tokens = tail_tokens = row_starts[:-1]
+            positions, sampled = starts, list(range(len(rows)))
+        else:
+            sizes = np.fromiter((row.end - row.start for row in rows), dtype=np.int64, count=len(rows))
+            row_starts = np.concatenate(([0], np.cumsum(sizes)))
+            rows_of_tokens = np.repeat(np.arange(len(rows)), sizes)
+            positions = np.arange(row_starts[-1]) - np.repeat(row_starts[:-1] - starts, sizes)
+            tail_tokens = self._tail_tokens_of(positions, row_starts)
+            sampled = [index for index, row in enumerate(rows) if row.samples]
         num_blocks = max(len(row.sequence.block_table) for row in rows)
         tables_SN = self.tables.host[device_rows, :num_blocks]
         blocks = tables_SN[rows_of_tokens, positions // self.block_size]
-        tail_tokens = self._tail_tokens_of(positions, row_starts)
-        sampled = [index for index, row in enumerate(rows) if row.samples]
+        ids = known_ids(rows)
 
         exact = Sizes(len(positions), len(rows), len(tail_tokens))
         layout = exact if room is None else room
@@ -149,7 +162,7 @@ class BatchBuilder:
             begin = slices[name].start
             buffer[begin : begin + (len(values) if not isinstance(values, int) else exact.tokens)] = values
 
-        put("ids", known_ids(rows))
+        put("ids", ids)
         put("positions", positions)
         put("rows", rows_of_tokens)
         put("slots", blocks * self.block_size + positions % self.block_size)
@@ -169,7 +182,12 @@ class BatchBuilder:
         forward = None
         if room is None:
             forward = self.forward_batch(
-                inputs, exact, last_ids_R, num_blocks=num_blocks, row_starts=host_starts, starts=tuple(starts.tolist())
+                inputs,
+                exact,
+                last_ids_R if UNKNOWN_ID in ids else None,
+                num_blocks=num_blocks,
+                row_starts=host_starts,
+                starts=tuple(starts.tolist()),
             )
         return StepTensors(
             forward=forward,
@@ -184,7 +202,7 @@ class BatchBuilder:
         self,
         inputs: Tensor,
         sizes: Sizes,
-        last_ids_R: Tensor,
+        last_ids_R: Tensor | None,
         *,
         num_blocks: int | None = None,
         row_starts: tuple[int, ...] = (),
@@ -193,17 +211,20 @@ class BatchBuilder:
         """What the model reads, as views of a step's inputs and of what is derived from them on the device.
 
         Without `row_starts`, the inputs are a graph's, which is captured once: with padding, and whole tables.
+        `last_ids_R` None: the host knows every id.
         """
         at = {name: inputs[where] for name, where in sizes.slices().items()}
-        known_T, rows_T, device_rows_S = at["ids"], at["rows"], at["device_rows"]
+        ids_T, rows_T, device_rows_S = at["ids"], at["rows"], at["device_rows"]
+        if last_ids_R is not None:
+            ids_T = torch.where(ids_T == UNKNOWN_ID, last_ids_R[device_rows_S][rows_T], ids_T)
         return ForwardBatch(
-            ids_T=torch.where(known_T == UNKNOWN_ID, last_ids_R[device_rows_S][rows_T], known_T),
+            ids_T=ids_T,
             positions_T=at["positions"],
             rows_T=rows_T,
             slots_T=at["slots"],
             starts_S=at["starts"],
             row_starts_S1=at["row_starts"],
-            block_tables_SN=self.tables.device[device_rows_S, :num_blocks],
+            block_tables_SN=self.tables.device[:, :num_blocks].index_select(0, device_rows_S),
             tail_read_S=at["tail_reads"],
             tail_write_W=at["tail_blocks"],
             tail_token_W=at["tail_tokens"],
@@ -220,7 +241,7 @@ class BatchBuilder:
         self._pad(buffer, sizes.slices(), Sizes(0, 0, 0))
         return buffer
 
-    def _pad(self, buffer: Ints, slices: dict[str, slice], used: Sizes) -> None:
+    def _pad(self, buffer: Ints, slices: Mapping[str, slice], used: Sizes) -> None:
         """Padding behind what is used: ids and positions 0, in the scratch block; rows of no token, in the last row."""
         buffer[:] = 0  # the scratch block, its first slot, no real token
         num_rows = slices["starts"].stop - slices["starts"].start

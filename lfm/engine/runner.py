@@ -169,7 +169,10 @@ class Runner:
             step = self._builder.build(batch, self.rows.last_ids_R)
             assert step.forward is not None, "no room was given"
             hidden_TD = self.model(step.forward, self.cache, self.ops)
-            is_finite_S = finite_rows(hidden_TD, step.forward.rows_T, len(batch.rows))
+            if has_chunks:
+                is_finite_S = finite_rows(hidden_TD, step.forward.rows_T, len(batch.rows))
+            else:
+                is_finite_S = hidden_TD.isfinite().all(dim=1)
         else:
             step = self._builder.build(batch, self.rows.last_ids_R, room=chunks.sizes, into=chunks.inputs)
             hidden_TD, is_finite_S = chunks.replay()
@@ -178,7 +181,7 @@ class Runner:
             sampled_S=step.sampled_S,
             sampled_rows_R=step.sampled_rows_R,
             sampled_positions_R=step.sampled_positions_R,
-            logits_RV=self.model.head(hidden_TD[step.sample_T], self.ops),
+            logits_RV=self.model.head(hidden_TD[step.sample_T] if has_chunks else hidden_TD, self.ops),
             is_finite_S=is_finite_S[: len(batch.rows)],
             prompt_logprobs=self._prompt_logprobs(batch, step, hidden_TD),
         )

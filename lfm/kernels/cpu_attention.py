@@ -5,7 +5,7 @@ Legend: T tokens, H q heads, G kv heads, K head dim, N blocks, B block size, C c
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from lfm.kernels.attention import attend_ref, write_kv_ref
 from lfm.kernels.cpu_layers import cpu_norm
@@ -33,7 +33,9 @@ def cpu_qkv(
     num_rotated = heads.shape[1] - num_groups
     num_heads = num_rotated - num_groups
     weight = torch.cat((q_norm.weight.expand(num_heads, -1), k_norm.weight.expand(num_groups, -1)))
-    low, high = rms_norm(heads[:, :num_rotated], (head_dim,), None, q_norm.eps).mul_(weight).chunk(2, dim=-1)
+    raw = heads[:, :num_rotated]
+    scale = raw.square().mean(-1, keepdim=True).add_(q_norm.eps).rsqrt_()  # rms_norm reads strided heads slowly
+    low, high = (raw * scale).mul_(weight).chunk(2, dim=-1)
     half = head_dim // 2
     cos = rope.cos.index_select(0, batch.positions_T)[:, None, :half]
     sin = rope.sin.index_select(0, batch.positions_T)[:, None, :half]
@@ -45,7 +47,7 @@ def cpu_qkv(
 
 
 def _write(k_TGK: Tensor, v_TGK: Tensor, batch: ForwardBatch, k_NGBK: Tensor, v_NGBK: Tensor) -> None:
-    if len(k_TGK) != 1 or k_NGBK.dtype != k_TGK.dtype:
+    if k_TGK.shape[0] != 1 or k_NGBK.dtype != k_TGK.dtype:
         write_kv_ref(k_TGK, v_TGK, batch, k_NGBK, v_NGBK)
         return
     block, offset = divmod(int(batch.slots_T), k_NGBK.shape[2])
@@ -59,12 +61,12 @@ def cpu_attend(
     """As `attend_ref`. A step of one row takes exactly its own keys, and no mask where it is one token."""
     if batch.num_rows != 1 or k_NGBK.dtype != q_THK.dtype:
         return attend_ref(q_THK, k_TGK, v_TGK, batch, k_NGBK, v_NGBK)
-    num_tokens, start = len(q_THK), batch.starts[0]
+    num_tokens, start = q_THK.shape[0], batch.starts[0]
     context = start + num_tokens
     table = batch.block_tables_SN[0, : -(-context // k_NGBK.shape[2])]
     k_GCK, v_GCK = _row_of(k_NGBK, table), _row_of(v_NGBK, table)
     if num_tokens == 1:
-        q_GMK = q_THK.view(len(k_GCK), -1, q_THK.shape[2])
+        q_GMK = q_THK.view(k_GCK.shape[0], -1, q_THK.shape[2])
         o_1GMK = scaled_dot_product_attention(q_GMK[None], k_GCK[None, :, :context], v_GCK[None, :, :context])
         return o_1GMK.view(1, -1, q_THK.shape[2])
     return _chunk(q_THK, k_GCK, v_GCK, start)
@@ -80,7 +82,7 @@ def _chunk(q_THK: Tensor, k_GCK: Tensor, v_GCK: Tensor, start: int) -> Tensor:
     outputs = []
     keys_C = torch.arange(k_GCK.shape[1])
     for q_MHK in torch.split(q_THK, QUERY_TILE):
-        end = start + len(q_MHK)
+        end = start + q_MHK.shape[0]
         mask_MC = keys_C[:end] <= torch.arange(start, end)[:, None]
         k_1GCK, v_1GCK = k_GCK[None, :, :end], v_GCK[None, :, :end]
         o_1HMK = scaled_dot_product_attention(

@@ -30,7 +30,7 @@ def cpu_short_conv(bcx_T3D: Tensor, conv: Linear, batch: ForwardBatch, tails_NLD
     u_TD = b_TD * x_TD
     if not before:
         z_TD = u_TD.mul_(weight_LD[0])
-    elif len(u_TD) == batch.num_rows == len(batch.tail_write_W):
+    elif u_TD.shape[0] == batch.num_rows == batch.tail_write_W.shape[0]:
         window_SLD = torch.cat((_tails(batch, tails_NLD, before), u_TD[:, None]), dim=1)
         tails_NLD.index_copy_(0, batch.tail_write_W, window_SLD[:, 1:])
         z_TD = (window_SLD * weight_LD).sum(1)

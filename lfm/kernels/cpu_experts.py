@@ -5,7 +5,7 @@ Legend: T tokens, D hidden, E experts, A experts per token, F expert width, P = 
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, linear, silu
+from torch.nn.functional import embedding_bag, silu
 
 from lfm.kernels.experts import experts_ref
 from lfm.kernels.weights import ExpertScales
@@ -28,7 +28,7 @@ def cpu_experts(
         return experts_ref(h_TD, x_TD, chosen_TA, weights_TA, gate_up_E2FD, down_EDF, scales)
     num_experts, num_chosen = gate_up_E2FD.shape[0], chosen_TA.shape[1]
     copy_bytes = num_chosen * gate_up_E2FD[0].numel() * gate_up_E2FD.element_size()
-    if len(x_TD) == 1 and copy_bytes <= MAX_COPY and int(chosen_TA.max()) < num_experts:
+    if x_TD.shape[0] == 1 and copy_bytes <= MAX_COPY and int(chosen_TA.max()) < num_experts:
         return _one_token(h_TD, x_TD, chosen_TA[0], weights_TA, gate_up_E2FD, down_EDF)
     return _sorted(h_TD, x_TD, chosen_TA, weights_TA, gate_up_E2FD, down_EDF)
 
@@ -37,12 +37,11 @@ def _one_token(
     h_1D: Tensor, x_1D: Tensor, chosen_A: Tensor, weights_1A: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
 ) -> Tensor:
     """The chosen experts side by side, as one of A times the width: two copies and two products."""
-    num_chosen, hidden = len(chosen_A), x_1D.shape[1]
-    gate_up = linear(x_1D, gate_up_E2FD.index_select(0, chosen_A).view(-1, hidden))
-    gate_AF, up_AF = gate_up.view(num_chosen, -1).chunk(2, dim=-1)
-    act_AF = silu(gate_AF).mul_(up_AF).mul_(weights_1A.t())
+    gate_up_A12F = torch.matmul(x_1D, gate_up_E2FD.transpose(1, 2).index_select(0, chosen_A))
+    gate_A1F, up_A1F = gate_up_A12F.chunk(2, dim=-1)
+    act_A1F = silu(gate_A1F).mul_(up_A1F).mul_(weights_1A.view(-1, 1, 1))
     down_AFD = down_EDF.transpose(1, 2).index_select(0, chosen_A)
-    return torch.addmm(h_1D, act_AF.view(1, -1), down_AFD.reshape(-1, hidden))
+    return torch.addmm(h_1D, act_A1F.view(1, -1), down_AFD.view(-1, h_1D.shape[1]))
 
 
 def _sorted(

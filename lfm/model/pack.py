@@ -38,7 +38,9 @@ def store_by_columns(model: Lfm2) -> Lfm2:
             module.merged_gate_up = _split_again(module.merged_gate_up, module.w1, module.w3)
             _store(module.w2)
         elif isinstance(module, Experts):
-            module.down_proj = torch.nn.Parameter(_by_columns(module.down_proj), module.down_proj.requires_grad)
+            for name in ("gate_up_proj", "down_proj"):
+                weight = getattr(module, name)
+                setattr(module, name, torch.nn.Parameter(_by_columns(weight), weight.requires_grad))
         elif isinstance(module, ShortConv):
             _store(module.in_proj)
             _store(module.out_proj)

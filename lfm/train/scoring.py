@@ -1,7 +1,7 @@
 """Whether an answer is right: pure functions on what the model wrote and what was expected.
 
 A turn is judged by what its kind needs: calls by name and all arguments, JSON by value, grounded answers by their
-value and citation, other words by the facts that they have to name and by not calling anything.
+value and citation, asking back and declining by a phrase for it, other words by the facts that they have to name.
 """
 
 import json
@@ -62,6 +62,8 @@ def is_right(expected: Expected, gold: Message, answer: Answer, *, language: str
     if expected.kind == "absent":
         phrases = language_table(language)["grounded"]["absent"]
         return not _CITATION.search(answer.text) and any(phrase in answer.text for phrase in phrases)
+    if expected.kind == "one_of":
+        return any(phrase in answer.text for phrase in expected.contains)
     return all(names_fact(answer.text, fact) for fact in expected.contains)
 
 

@@ -42,7 +42,8 @@ def small_talk(draw: Draw) -> Episode:
     topic = draw.table["self"][name]
     text = fact_question(draw) if name == "unknown" and draw.chance(0.4) else _filled(draw, topic["asks"])
     answer = scenarios.says(draw.phrase(topic["answers"]))
-    return Episode((scenarios.user(_typed(draw, text)), answer), (Expected("text"),), (), _FORBIDDEN_TO_TALK)
+    expected = Expected("one_of", tuple(topic["answers"]))
+    return Episode((scenarios.user(_typed(draw, text)), answer), (expected,), (), _FORBIDDEN_TO_TALK)
 
 
 def _filled(draw: Draw, phrases: Sequence[str]) -> str:

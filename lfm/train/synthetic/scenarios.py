@@ -24,12 +24,13 @@ from lfm.train.synthetic.tools import (
     verb_intent,
 )
 
-ExpectedKind = Literal["calls", "json", "cited", "absent", "text"]
+ExpectedKind = Literal["calls", "json", "cited", "absent", "text", "one_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What an assistant's turn is judged by. `contains`: strings of which an answer in words needs every one."""
+    """What an assistant's turn is judged by. `contains`: strings of which an answer in words needs every one; if the
+    kind is one_of, any one."""
 
     kind: ExpectedKind
     contains: tuple[str, ...] = ()
@@ -108,8 +109,7 @@ def no_tool(draw: Draw) -> Episode:
         return no_tool(draw)
     forbidden = {request.tool.intent.key, "search"}
     near = [make_tool(draw, intent) for intent in _near(draw, request.tool.intent)]
-    reply = draw.phrase(draw.table["no_tool"])
-    return Episode((user(request.text), says(reply)), (Expected("text"),), tuple(near), frozenset(forbidden))
+    return Episode((user(request.text), says(_declines(draw))), (_declined(draw),), tuple(near), frozenset(forbidden))
 
 
 def toolless(draw: Draw) -> Episode:
@@ -119,7 +119,15 @@ def toolless(draw: Draw) -> Episode:
     request = full_request(draw, any_intent(draw))
     if is_easy(request):
         return toolless(draw)
-    return Episode((user(request.text), says(draw.phrase(draw.table["no_tool"]))), (Expected("text"),))
+    return Episode((user(request.text), says(_declines(draw))), (_declined(draw),))
+
+
+def _declines(draw: Draw) -> str:
+    return draw.phrase(draw.table["no_tool"])
+
+
+def _declined(draw: Draw) -> Expected:
+    return Expected("one_of", tuple(draw.table["no_tool"]))
 
 
 def is_easy(request: Request) -> bool:
@@ -158,7 +166,8 @@ def missing(draw: Draw) -> Episode:
     told = ", ".join(request.values[slot].text for slot in request.missing)
     reply = draw.phrase(draw.table["replies"]).replace("{value}", told)
     rest = _called(draw, reply, [request])
-    return Episode(asked + rest.messages, (Expected("text"), *rest.expected), rest.tools)
+    asks = Expected("one_of", tuple(draw.table["ask"][request.missing[0]]))
+    return Episode(asked + rest.messages, (asks, *rest.expected), rest.tools)
 
 
 def loop(draw: Draw) -> Episode:

@@ -157,12 +157,11 @@ class Runner:
             device_rows, ends = device_rows_of(batch.rows), ends_of(batch.rows)
         self._device_rows, self._ends = device_rows, ends
         self._builder.tables.extend(batch, device_rows, ends)
-        if batch.started:
-            self.rows.start_many([row_start(sequence) for sequence in batch.started])
         has_chunks = batch.num_single < len(batch.rows)
         if self._graphs is not None and not has_chunks:
             graph = self._graphs.launch(batch, device_rows, ends - 1)
             if graph is not None:
+                self._start_rows(batch)
                 return _replayed(batch, graph)
         chunks = self._chunk_graphs.find(batch) if self._chunk_graphs is not None and has_chunks else None
         if chunks is None:
@@ -176,6 +175,7 @@ class Runner:
         else:
             step = self._builder.build(batch, self.rows.last_ids_R, room=chunks.sizes, into=chunks.inputs)
             hidden_TD, is_finite_S = chunks.replay()
+        self._start_rows(batch)
         return Forwarded(
             batch=batch,
             sampled_S=step.sampled_S,
@@ -185,6 +185,11 @@ class Runner:
             is_finite_S=is_finite_S[: len(batch.rows)],
             prompt_logprobs=self._prompt_logprobs(batch, step, hidden_TD),
         )
+
+    def _start_rows(self, batch: ScheduledBatch) -> None:
+        """What sampling needs of sequences that begin. The forward does not, and so the device works meanwhile."""
+        if batch.started:
+            self.rows.start_many([row_start(sequence) for sequence in batch.started])
 
     @torch.inference_mode()
     def sample(self, forwarded: Forwarded) -> Launched:

@@ -15,7 +15,7 @@ from lfm.train.synthetic.scenarios import Episode, Expected, calls, returned, sa
 from lfm.train.synthetic.tables import Split, world
 from lfm.train.synthetic.tools import Tool, intent_named, served_tool
 
-_MOST_QUESTIONS: Mapping[Split, int] = {"train": 4, "test": 1}  # about the same passages
+_MOST_QUESTIONS: Mapping[Split, int] = {"train": 6, "test": 1}  # about the same passages
 _MOST_SEARCHES: Mapping[Split, int] = {"train": 2, "test": 1}  # in one conversation
 _MOST_PASSAGES: Mapping[Split, int] = {"train": 6, "test": 4}
 _MOST_FOUND = 4
@@ -35,7 +35,7 @@ class _Passages:
 
 
 def grounded(draw: Draw) -> Episode:
-    """Passages in the prompt and a question that one of them answers, or none; in training up to four questions."""
+    """Passages in the prompt and a question that one of them answers, or none; in training up to six questions."""
     table = draw.table["grounded"]
     passages = _make_passages(draw, _MOST_PASSAGES[draw.split])
     questions = [_question(draw, passages, 1) for _ in range(draw.integer(1, _MOST_QUESTIONS[draw.split]))]

@@ -9,6 +9,7 @@ import torch
 from lfm.config import EnginePlan, KvDtype, ModelConfig
 from lfm.engine.build import assemble_engine
 from lfm.engine.engine import Engine
+from lfm.kernels import moe
 from lfm.model.lfm2 import Lfm2
 from lfm.model.ops import FAST, REFERENCE
 from lfm.model.pack import pack
@@ -34,12 +35,15 @@ def small_config() -> ModelConfig:
     )  # fmt: skip
 
 
-def make(model: Lfm2, *, is_fast: bool, block_size: int = 64, kv_dtype: KvDtype = "auto") -> Engine:
+def make(
+    model: Lfm2, *, is_fast: bool, block_size: int = 64, kv_dtype: KvDtype = "auto", step_tokens: int = 256
+) -> Engine:
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     plan = EnginePlan(
-        device="cuda:0", dtype=dtype, max_model_len=1024, max_running=48, step_tokens=256,
-        step_tokens_decoding=128, block_size=block_size, num_blocks=16384 // block_size, memory_fraction=0.9,
-        max_queue=64, plain_loop=not is_fast, prefix_caching=True, seed=0, kv_dtype=kv_dtype,
+        device="cuda:0", dtype=dtype, max_model_len=1024, max_running=48, step_tokens=step_tokens,
+        step_tokens_decoding=step_tokens if step_tokens > 256 else 128, block_size=block_size,
+        num_blocks=16384 // block_size, memory_fraction=0.9, max_queue=64, plain_loop=not is_fast,
+        prefix_caching=True, seed=0, kv_dtype=kv_dtype,
     )  # fmt: skip
     engine = assemble_engine(model, plan, num_ids=VOCAB, ops=FAST if is_fast else REFERENCE)
     engine.runner.cache.fill(float("nan"))
@@ -141,6 +145,29 @@ def test_replayed_chunks_drift_from_fp32_no_more_than_plain_bf16(num_requests: i
         [value for requests in rounds for value in logprobs_of(engine, requests)] for engine in (fast, plain, exact)
     )
     assert fast.runner.num_replayed_chunks > before
+    assert drift(mine, right) <= 1.3 * drift(theirs, right) + 1e-3
+
+
+@pytest.mark.parametrize("has_chain", [False, True])
+def test_a_full_step_is_replayed_and_drifts_no_more(has_chain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve prompts of 1,000 tokens: two full steps of 4,096, and 3,800 tokens that get no graph."""
+    if has_chain:
+        monkeypatch.setattr(moe, "MIN_CHAIN_TOKENS", 0)
+    low, wide = models()
+    fast, plain, exact = (
+        make(model, is_fast=is_fast, step_tokens=4096) for model, is_fast in ((low, True), (low, False), (wide, False))
+    )
+    chance = random.Random(5)
+
+    def prompts(turn: int) -> list[EngineRequest]:
+        sampling = SamplingParams(max_tokens=2, temperature=0.0, seed=0, logprobs=0, logit_bias={9: 100.0})
+        ids = [[chance.randrange(8, VOCAB) for _ in range(1000)] for _ in range(12)]
+        return [EngineRequest(request_id=f"{turn}-{i}", prompt_ids=one, sampling=sampling) for i, one in enumerate(ids)]
+
+    logprobs_of(fast, prompts(0))
+    before, requests = fast.runner.num_replayed_chunks, prompts(1)
+    mine, theirs, right = (logprobs_of(engine, requests) for engine in (fast, plain, exact))
+    assert fast.runner.num_replayed_chunks >= before + 2
     assert drift(mine, right) <= 1.3 * drift(theirs, right) + 1e-3
 
 

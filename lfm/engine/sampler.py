@@ -122,8 +122,9 @@ def _sample_pass(rows: SamplingRows, logits_RV: Tensor, row_R: Tensor, position_
     params = rows.read(row_R)
     dtype = torch.float64 if logits_RV.dtype == torch.float64 else torch.float32
     x_RV = logits_RV.to(dtype, copy=True)
-    padded_ids = torch.arange(rows.num_ids, rows.vocab_size, device=x_RV.device)
-    x_RV[:, rows.num_ids :].masked_fill_(padded_ids >= params.num_ids, -torch.inf)
+    if rows.num_ids < rows.vocab_size:
+        padded_ids = torch.arange(rows.num_ids, rows.vocab_size, device=x_RV.device)
+        x_RV[:, rows.num_ids :].masked_fill_(padded_ids >= params.num_ids, -torch.inf)
     x_RV = _adjust(rows, x_RV, row_R, position_R, params, flags)
     draw_params = DrawParams(
         temperature_R1=params.temperature.to(dtype),

@@ -54,6 +54,9 @@ def draw_tokens(x_RV: Tensor, params: DrawParams, *, narrow_k: int, wide: bool, 
     `narrow_k` is at least the largest top_k of the batch's narrow rows (0: there are none), `wide` whether there are
     wide rows, `wide_prefix` whether any of those has a top_p or a top_k. More of them than needed changes no id.
     """
+    if not narrow_k and not wide:  # every row is greedy
+        max_R, ids_R = x_RV.max(dim=1)
+        return Draws(ids_R, max_R)
     is_random_R = params.temperature_R1[:, 0] > 0
     is_narrow_R = (params.top_k_R1[:, 0] > 0) & (params.top_k_R1[:, 0] <= MAX_NARROW_K)
     # Some value that is not 0 for greedy rows, whose draws are dropped below.

@@ -45,5 +45,6 @@ def test_storing_by_columns_changes_no_name_value_or_logit(is_tied: bool) -> Non
     attention = model.model.layers[1].self_attn
     head = model.model.embed_tokens if is_tied else model.lm_head
     assert all(weight.t().is_contiguous() for weight in (attention.merged_qkv.weight, head.weight))
+    assert attention.out_proj.weight.is_contiguous()
     attention.merged_qkv.weight.zero_()
     assert not attention.k_proj.weight.any(), "parts are still views"

@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from importlib import resources
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 Split = Literal["train", "test"]
 LANGUAGES = ("en", "ar", "zh", "fr", "de", "ja", "ko", "es", "pt")
@@ -36,7 +36,9 @@ def part_of(items: Sequence[Item], split: Split) -> list[Item]:
     last = len(items) - 1
     is_test = [i % _EVERY == _EVERY - 1 if len(items) >= _EVERY else i == last for i in range(len(items))]
     part = [item for item, test in zip(items, is_test, strict=True) if test == (split == "test")]
-    return [*part, *items.more] if isinstance(items, Phrases) and split == "train" else part
+    if split == "train" and isinstance(items, Phrases):
+        part += cast("tuple[Item, ...]", items.more)
+    return part
 
 
 def split_of(text: str) -> Split:

@@ -197,13 +197,14 @@ class LLM:
         4,000 tokens take 80 ms to add.
         """
         open_ids: list[str] = []
-        is_one_queue = len({request.priority for request in requests}) == 1
+        may_start = len({request.priority for request in requests}) == 1  # else a later one may have to be the first
         self._mailboxes |= {request.request_id: deque() for request in requests}
         try:
             for request in requests:
                 self.engine.add(request)
                 open_ids.append(request.request_id)
-                if is_one_queue and self.engine.would_start_full:
+                if may_start and self.engine.would_start_full:
+                    may_start = False
                     self._step()
             while open_ids:
                 if not any(self._mailboxes[request_id] for request_id in open_ids):

@@ -27,7 +27,7 @@ LIFETIME_S = 86_400.0
 MAX_PENDING = 4096  # statements that wait for the thread
 MAX_BATCH = 64
 BUSY_S = 5.0  # how long to wait for another process that writes
-FORMAT = 2  # of the tables and what they hold; a file of another one starts empty: nothing in it lasts longer than a day
+FORMAT = 2  # of the tables and what they hold; a file of another one starts empty, since nothing lasts beyond a day
 
 _SCHEMA = (
     "DROP TABLE IF EXISTS responses",

@@ -119,17 +119,7 @@ class CallStream:
             raise _BrokenError
         self._begin_call(name)
         self._emit("{")
-        char = yield from _next()
-        is_first = True
-        while char != ")":
-            if not is_first:
-                _expect(char, ",")
-                self._emit(", ")
-                char = yield from _next()
-            char = yield from self._argument(char)
-            if char in SPACE:
-                char = yield from _next()
-            is_first = False
+        yield from self._separated(self._argument, closing=")")
         self._emit("}")
         return (yield)
 
@@ -137,7 +127,8 @@ class CallStream:
         if char == "*":
             _expect((yield), "*")
             _expect((yield from _next()), "{")
-            return (yield from self._members(closing="}"))
+            yield from self._separated(self._member, closing="}")
+            return (yield)
         name = ""
         while char.isalnum() or (char and char in "_.$@-"):
             name += char
@@ -162,26 +153,23 @@ class CallStream:
         if self._depth > MAX_DEPTH:
             raise _BrokenError
         self._emit(char)
-        following = yield from self._members(closing="}") if char == "{" else self._items()
-        self._emit("}" if char == "{" else "]")
+        read, closing = (self._member, "}") if char == "{" else (self._value, "]")
+        self._emit((yield from self._separated(read, closing=closing)))
         self._depth -= 1
-        return following
-
-    def _items(self) -> Reading:
-        char = yield from _next()
-        is_first = True
-        while char != "]":
-            if not is_first:
-                _expect(char, ",")
-                self._emit(", ")
-                char = yield from _next()
-            char = yield from self._value(char)
-            if char in SPACE:
-                char = yield from _next()
-            is_first = False
         return (yield)
 
-    def _members(self, *, closing: str) -> Reading:
+    def _member(self, char: str) -> Reading:
+        if char not in ('"', "'"):
+            raise _BrokenError
+        char = yield from self._string(char)
+        if char in SPACE:
+            char = yield from _next()
+        _expect(char, ":")
+        self._emit(": ")
+        return (yield from self._value((yield from _next())))
+
+    def _separated(self, read: Callable[[str], Reading], *, closing: str) -> Reading:
+        """What `read` takes, with commas between, up to and with the closing character, which is returned."""
         char = yield from _next()
         is_first = True
         while char != closing:
@@ -189,18 +177,11 @@ class CallStream:
                 _expect(char, ",")
                 self._emit(", ")
                 char = yield from _next()
-            if char not in ('"', "'"):
-                raise _BrokenError
-            char = yield from self._string(char)
-            if char in SPACE:
-                char = yield from _next()
-            _expect(char, ":")
-            self._emit(": ")
-            char = yield from self._value((yield from _next()))
+            char = yield from read(char)
             if char in SPACE:
                 char = yield from _next()
             is_first = False
-        return (yield)
+        return char
 
     def _number(self, char: str) -> Reading:
         text = ""

@@ -127,13 +127,13 @@ def test_hostile_blocks_end_soon(block: str) -> None:
 
 
 @given(st.text(alphabet="[](){}'\"\\=,:*f a1.-_bjxuN\n\u00e9", max_size=40))
-def test_no_text_raises(text: str) -> None:
-    parse(text)
-    parse(f"[f({text})]")
+def test_no_text_raises_and_calls_that_are_found_have_arguments(text: str) -> None:
+    for block in (text, f"[f({text})]"):
+        calls, _ = parse(block)
+        assert all(isinstance(arguments, dict) for _, arguments in calls)
     reader = CallReader(is_constrained=True)
-    reader.open()
-    reader.push(text)
-    reader.finish()
+    pieces = [*reader.open(), *reader.push(text), *reader.finish()]
+    assert {one.index for one in pieces if isinstance(one, CallDelta)} <= set(range(len(text)))
 
 
 json_values = st.recursive(

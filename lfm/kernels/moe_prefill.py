@@ -119,6 +119,44 @@ def tile_and_block(program, num_tiles, BLOCKS: tl.constexpr, GROUP: tl.constexpr
 
 
 @triton.jit
+def rows_of(order_P, tile_M3, tile, BM: tl.constexpr):
+    """Of a tile of sorted pairs, as columns: their places, which of them are the tile's, and the pairs."""
+    row_M1 = tl.load(tile_M3 + tile * 3 + 1) + tl.arange(0, BM)[:, None]
+    is_row_M1 = row_M1 < tl.load(tile_M3 + tile * 3 + 2)
+    return row_M1, is_row_M1, tl.load(order_P + row_M1, mask=is_row_M1, other=0)
+
+
+@triton.jit
+def up_product(
+    x_PD, tile_M3, tile, gate_up, block,
+    D: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """gate and up [BM, BF] of a tile and a block of features, without the weights' scales."""
+    expert = tl.load(tile_M3 + tile * 3)
+    row = tl.load(tile_M3 + tile * 3 + 1)
+    both = tl.zeros((BM, 2 * BF), tl.float32)
+    for k in tl.range(0, D, BK):
+        w_2FK = gate_up.load([expert, 0, block * BF, k]).reshape(2 * BF, BK)
+        both = tl.dot(x_PD.load([row, k]), w_2FK.T, both)
+    return tl.split(both.reshape(BM, 2, BF).permute(0, 2, 1))
+
+
+@triton.jit
+def down_product(
+    act, tile_M3, tile, down, block,
+    F: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y [BM, BD] of a tile and a block of features, without the weights' scales."""
+    expert = tl.load(tile_M3 + tile * 3)
+    row = tl.load(tile_M3 + tile * 3 + 1)
+    y_MD = tl.zeros((BM, BD), tl.float32)
+    for k in tl.range(0, F, BK):
+        down_DK = down.load([expert, block * BD, k]).reshape(BD, BK)
+        y_MD = tl.dot(act.load([row, k]), down_DK.T, y_MD)
+    return y_MD
+
+
+@triton.jit
 def up_prefill_kernel(
     x_PD, weights_P, order_P, tile_M3, num_tiles_1, gate_up, act_PF,
     D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
@@ -131,16 +169,8 @@ def up_prefill_kernel(
     num_tiles = tl.load(num_tiles_1)
     tile, block = tile_and_block(tl.program_id(0), num_tiles, F // BF, GROUP)
     if (tile < num_tiles) & (block < F // BF):
-        expert = tl.load(tile_M3 + tile * 3)
-        row = tl.load(tile_M3 + tile * 3 + 1)
-        both = tl.zeros((BM, 2 * BF), tl.float32)
-        for k in tl.range(0, D, BK):
-            w_2FK = gate_up.load([expert, 0, block * BF, k]).reshape(2 * BF, BK)
-            both = tl.dot(x_PD.load([row, k]), w_2FK.T, both)
-        gate_MF, up_MF = tl.split(both.reshape(BM, 2, BF).permute(0, 2, 1))
-        row_M1 = row + tl.arange(0, BM)[:, None]
-        is_row_M1 = row_M1 < tl.load(tile_M3 + tile * 3 + 2)
-        pair_M1 = tl.load(order_P + row_M1, mask=is_row_M1, other=0)
+        gate_MF, up_MF = up_product(x_PD, tile_M3, tile, gate_up, block, D, BM, BF, BK)
+        row_M1, is_row_M1, pair_M1 = rows_of(order_P, tile_M3, tile, BM)
         weight_M1 = tl.load(weights_P + pair_M1, mask=is_row_M1, other=0.0)
         act_MF = gate_MF / (1 + tl.exp(-gate_MF)) * up_MF * weight_M1
         act = act_PF + row_M1.to(tl.int64) * F + block * BF + tl.arange(0, BF)[None, :]
@@ -160,15 +190,8 @@ def down_prefill_kernel(
     num_tiles = tl.load(num_tiles_1)
     tile, block = tile_and_block(tl.program_id(0), num_tiles, D // BD, GROUP)
     if (tile < num_tiles) & (block < D // BD):
-        expert = tl.load(tile_M3 + tile * 3)
-        row = tl.load(tile_M3 + tile * 3 + 1)
-        y_MD = tl.zeros((BM, BD), tl.float32)
-        for k in tl.range(0, F, BK):
-            down_DK = down.load([expert, block * BD, k]).reshape(BD, BK)
-            y_MD = tl.dot(act.load([row, k]), down_DK.T, y_MD)
-        row_M1 = row + tl.arange(0, BM)[:, None]
-        is_row_M1 = row_M1 < tl.load(tile_M3 + tile * 3 + 2)
-        pair_M1 = tl.load(order_P + row_M1, mask=is_row_M1, other=0)
+        y_MD = down_product(act, tile_M3, tile, down, block, F, BM, BD, BK)
+        _row_M1, is_row_M1, pair_M1 = rows_of(order_P, tile_M3, tile, BM)
         y = y_PD + pair_M1.to(tl.int64) * D + block * BD + tl.arange(0, BD)[None, :]
         tl.store(y, y_MD.to(y_PD.dtype.element_ty), mask=is_row_M1)
 

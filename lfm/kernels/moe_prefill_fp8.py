@@ -17,7 +17,16 @@ from torch import Tensor
 
 from lfm.kernels.fp8_gemm import quantise_tokens
 from lfm.kernels.moe_grouped import blocks_of, sum_pairs
-from lfm.kernels.moe_prefill import TILE_PAIRS, SortedPairs, sort_pairs, spread, tile_and_block
+from lfm.kernels.moe_prefill import (
+    TILE_PAIRS,
+    SortedPairs,
+    down_product,
+    rows_of,
+    sort_pairs,
+    spread,
+    tile_and_block,
+    up_product,
+)
 from lfm.kernels.moe_small import largest_divisor
 from lfm.kernels.triton_guard import has_dependent_launch, tl, triton
 from lfm.kernels.weights import ExpertScales
@@ -37,15 +46,8 @@ def up_prefill_fp8_kernel(
     tile, block = tile_and_block(tl.program_id(0), num_tiles, F // BF, GROUP)
     if (tile < num_tiles) & (block < F // BF):
         expert = tl.load(tile_M3 + tile * 3)
-        row = tl.load(tile_M3 + tile * 3 + 1)
-        both = tl.zeros((BM, 2 * BF), tl.float32)
-        for k in tl.range(0, D, BK):
-            w_2FK = gate_up.load([expert, 0, block * BF, k]).reshape(2 * BF, BK)
-            both = tl.dot(x_PD.load([row, k]), w_2FK.T, both)
-        gate_MF, up_MF = tl.split(both.reshape(BM, 2, BF).permute(0, 2, 1))
-        row_M1 = row + tl.arange(0, BM)[:, None]
-        is_row_M1 = row_M1 < tl.load(tile_M3 + tile * 3 + 2)
-        pair_M1 = tl.load(order_P + row_M1, mask=is_row_M1, other=0)
+        gate_MF, up_MF = up_product(x_PD, tile_M3, tile, gate_up, block, D, BM, BF, BK)
+        row_M1, is_row_M1, pair_M1 = rows_of(order_P, tile_M3, tile, BM)
         weight_M1 = tl.load(weights_P + pair_M1, mask=is_row_M1, other=0.0)
         x_scale_M1 = tl.load(x_scale_T + pair_M1 // A, mask=is_row_M1, other=0.0)
         f = block * BF + tl.arange(0, BF)
@@ -70,14 +72,8 @@ def down_prefill_fp8_kernel(
     tile, block = tile_and_block(tl.program_id(0), num_tiles, D // BD, GROUP)
     if (tile < num_tiles) & (block < D // BD):
         expert = tl.load(tile_M3 + tile * 3)
-        row = tl.load(tile_M3 + tile * 3 + 1)
-        y_MD = tl.zeros((BM, BD), tl.float32)
-        for k in tl.range(0, F, BK):
-            down_DK = down.load([expert, block * BD, k]).reshape(BD, BK)
-            y_MD = tl.dot(act.load([row, k]), down_DK.T, y_MD)
-        row_M1 = row + tl.arange(0, BM)[:, None]
-        is_row_M1 = row_M1 < tl.load(tile_M3 + tile * 3 + 2)
-        pair_M1 = tl.load(order_P + row_M1, mask=is_row_M1, other=0)
+        y_MD = down_product(act, tile_M3, tile, down, block, F, BM, BD, BK)
+        row_M1, is_row_M1, pair_M1 = rows_of(order_P, tile_M3, tile, BM)
         d = block * BD + tl.arange(0, BD)[None, :]
         y_MD *= tl.load(act_scale_P + row_M1, mask=is_row_M1, other=0.0) * tl.load(scale_ED + expert * D + d)
         tl.store(y_PD + pair_M1.to(tl.int64) * D + d, y_MD.to(y_PD.dtype.element_ty), mask=is_row_M1)
